@@ -1,0 +1,269 @@
+"""Data sets as tensors: Fashion-MNIST (all of it, or the bundled subset), digits, and toy sets in the plane.
+
+Images are kept as uint8 and scaled to [-1, 1] when they are used: a quarter of the memory of float32, on the CPU
+as on a GPU.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import lzma
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+FASHION_CLASSES = (
+    "T-shirt",
+    "trouser",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle boot",
+)
+
+# File name, sha256 of the *decompressed* content: the same whether the file is plain, .gz or .xz.
+_FASHION = {
+    "train": (
+        ("train-images-idx3-ubyte", "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888"),
+        ("train-labels-idx1-ubyte", "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9"),
+    ),
+    "test": (
+        ("t10k-images-idx3-ubyte", "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b"),
+        ("t10k-labels-idx1-ubyte", "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34"),
+    ),
+}
+_SUBSET = {
+    "train": (
+        (
+            "fashion-subset-train-images-idx3-ubyte",
+            "de11bac6b9a84b574ca3d60f5ed8d6c61abf67ddf8466fa747d14e0ff564a362",
+        ),
+        (
+            "fashion-subset-train-labels-idx1-ubyte",
+            "93e107f3213f7008167732d609971e1eb3c0ce5564e44ea5868fa4d27e09dc43",
+        ),
+    ),
+    "test": (
+        (
+            "fashion-subset-test-images-idx3-ubyte",
+            "7cee33c3c6414b1b86c25e665a6c4f41584269de3b7cc9768b1d351922845eef",
+        ),
+        (
+            "fashion-subset-test-labels-idx1-ubyte",
+            "3128d790775889812b73c4f13923559c8b9e281d112c6ea7862acf60a206a909",
+        ),
+    ),
+}
+# Where Debian's package dataset-fashion-mnist puts the four files.
+DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+
+
+class DataError(ValueError):
+    """A data file is missing, damaged or not what it should be; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Labelled images.
+
+    Attributes:
+        images: uint8, shape ``(N, C, H, W)``.
+        labels: int64, shape ``(N,)``, values 0 … K-1.
+        classes: the K class names.
+    """
+
+    images: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def x(self, index: Tensor | slice | list[int] | None = None) -> Tensor:
+        """Images as float32 in [-1, 1], shape ``(B, C, H, W)``; all of them without an index."""
+        return to_unit_range(self.images if index is None else self.images[index])
+
+    def one_per_class(self) -> ImageSet:
+        """The first image of each class, in the order of the classes."""
+        first = torch.stack([(self.labels == k).nonzero()[0, 0] for k in range(len(self.classes))])
+        return replace(self, images=self.images[first], labels=self.labels[first])
+
+    def to(self, device: torch.device | str) -> ImageSet:
+        """The same set with its tensors on a device."""
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
+
+def to_unit_range(images: Tensor) -> Tensor:
+    """uint8 values 0 … 255 to float32 in [-1, 1]: x = 2 k / 255 - 1.
+
+    Raises:
+        ValueError: the images are not uint8.
+    """
+    if images.dtype != torch.uint8:
+        raise ValueError(f"images must be uint8, got {images.dtype}")
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """Values in [-1, 1] to the nearest of 0 … 255; values outside are clipped. Inverts :func:`to_unit_range`."""
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def fashion_mnist(split: str = "train", root: str | Path | None = None, download: bool = True) -> ImageSet:
+    """Fashion-MNIST, 60,000 training or 10,000 test images of 28×28 (Xiao et al. 2017).
+
+    Looked for in ``root`` if it is given; else in the folder that the environment variable ``DIFFBOOK_DATA``
+    names, in the folder of Debian's package ``dataset-fashion-mnist``, and in the cache. If it is in none of
+    them, torchvision downloads it into the cache. Files may be plain, ``.gz`` or ``.xz``; each is checked by
+    the checksum of its content.
+
+    Raises:
+        ValueError: unknown split.
+        DataError: a file is damaged; or the data is nowhere and cannot be downloaded.
+    """
+    files = _split(_FASHION, split)
+    folders = [Path(root)] if root is not None else _fashion_folders()
+    for folder in folders:
+        if all(_find(folder, name) for name, _ in files):
+            return _read_image_set(folder, files)
+    if root is not None:
+        raise DataError(f"no {files[0][0]}[.gz|.xz] and {files[1][0]}[.gz|.xz] in {root}: put both files there")
+    if download:
+        _download_fashion(cache_folder())
+        return _read_image_set(cache_folder() / "FashionMNIST" / "raw", files)
+    raise DataError(f"Fashion-MNIST is in none of {', '.join(map(str, folders))}. {_HOW_TO_GET}")
+
+
+def fashion_subset(split: str = "train") -> ImageSet:
+    """The class-balanced part of Fashion-MNIST that comes with the package: 4,500 training, 1,000 test images.
+
+    The first 450 (100) images of each class, in their original order; built by ``tools/build_fashion_subset.py``.
+
+    Raises:
+        ValueError: unknown split.
+        DataError: a bundled file is damaged.
+    """
+    files = _split(_SUBSET, split)
+    with resources.as_file(resources.files("diffbook") / "assets" / "data") as folder:
+        return _read_image_set(folder, files)
+
+
+def digits() -> ImageSet:
+    """scikit-learn's handwritten digits: 1,797 images of 8×8 (17 grey levels, stretched to 0 … 255)."""
+    from sklearn.datasets import load_digits  # slow to import, and not needed for training on a GPU
+
+    images, labels = load_digits(return_X_y=True)
+    grey = torch.from_numpy(np.round(images * 255 / 16).astype(np.uint8)).reshape(-1, 1, 8, 8)
+    return ImageSet(grey, torch.from_numpy(labels.astype(np.int64)), tuple(str(k) for k in range(10)))
+
+
+def two_moons(n: int, generator: torch.Generator | None = None) -> Tensor:
+    """Two interleaved half circles with a little noise, shape ``(n, 2)``, mean 0 and variance 1 a dimension."""
+    angle = math.pi * torch.rand(n, generator=generator)
+    lower = torch.rand(n, generator=generator) < 0.5
+    x = torch.where(lower, 1 - angle.cos(), angle.cos())
+    y = torch.where(lower, 0.5 - angle.sin(), angle.sin())
+    return _standardise(torch.stack([x, y], 1) + 0.05 * torch.randn(n, 2, generator=generator))
+
+
+def swiss_roll(n: int, generator: torch.Generator | None = None) -> Tensor:
+    """A spiral with a little noise, shape ``(n, 2)``, mean 0 and variance 1 a dimension."""
+    angle = 1.5 * math.pi * (1 + 2 * torch.rand(n, generator=generator))
+    roll = torch.stack([angle * angle.cos(), angle * angle.sin()], 1)
+    return _standardise(roll + 0.3 * torch.randn(n, 2, generator=generator))
+
+
+def checkerboard(n: int, generator: torch.Generator | None = None) -> Tensor:
+    """The dark squares of a 4×4 board, shape ``(n, 2)``, mean 0 and variance 1 a dimension."""
+    x = 4 * torch.rand(n, generator=generator) - 2
+    row = 2 * torch.randint(0, 2, (n,), generator=generator) + torch.rand(n, generator=generator) - 2
+    return _standardise(torch.stack([x, row + x.floor() % 2], 1))
+
+
+IMAGE_SETS: dict[str, Callable[..., ImageSet]] = {
+    "fashion-mnist": fashion_mnist,
+    "fashion-subset": fashion_subset,
+    "digits": digits,
+}
+TOY_SETS: dict[str, Callable[..., Tensor]] = {
+    "two-moons": two_moons,
+    "swiss-roll": swiss_roll,
+    "checkerboard": checkerboard,
+}
+
+_HOW_TO_GET = (
+    "Install Debian's package dataset-fashion-mnist, or put the four files of "
+    "github.com/zalandoresearch/fashion-mnist into a folder and name it in DIFFBOOK_DATA, "
+    "or use the bundled part: fashion_subset()."
+)
+
+
+def cache_folder() -> Path:
+    """Where downloads are kept: ``$XDG_CACHE_HOME/diffbook``, by default ``~/.cache/diffbook``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffbook"
+
+
+def _fashion_folders() -> list[Path]:
+    named = os.environ.get("DIFFBOOK_DATA")
+    return [*([Path(named)] if named else []), DEBIAN_FOLDER, cache_folder() / "FashionMNIST" / "raw"]
+
+
+def _download_fashion(folder: Path) -> None:
+    from torchvision.datasets import FashionMNIST
+
+    try:
+        FashionMNIST(str(folder), download=True)
+    except (OSError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"Fashion-MNIST could not be downloaded ({reason}). {_HOW_TO_GET}") from error
+
+
+def _split(
+    table: dict[str, tuple[tuple[str, str], tuple[str, str]]], split: str
+) -> tuple[tuple[str, str], tuple[str, str]]:
+    if split not in table:
+        raise ValueError(f"split must be one of {', '.join(table)}, got {split!r}")
+    return table[split]
+
+
+def _find(folder: Path, name: str) -> Path | None:
+    return next((p for p in (folder / (name + end) for end in ("", ".gz", ".xz")) if p.is_file()), None)
+
+
+def _read_image_set(folder: Path, files: tuple[tuple[str, str], tuple[str, str]]) -> ImageSet:
+    images, labels = (_read_idx(folder, name, sha256) for name, sha256 in files)
+    return ImageSet(images[:, None], labels.to(torch.int64), FASHION_CLASSES)
+
+
+def _read_idx(folder: Path, name: str, sha256: str) -> Tensor:
+    """Read an idx file of bytes: a header of big-endian numbers (magic, then one size a dimension), then data."""
+    path = _find(folder, name)
+    if path is None:
+        raise DataError(f"no file {name}[.gz|.xz] in {folder}. {_HOW_TO_GET}")
+    try:
+        raw = path.read_bytes()
+        raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
+        raw = lzma.decompress(raw) if path.suffix == ".xz" else raw
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        raise DataError(f"{path} cannot be read ({error}): delete it and get it again. {_HOW_TO_GET}") from error
+    if hashlib.sha256(raw).hexdigest() != sha256:
+        raise DataError(f"{path} is not the expected file (wrong checksum): delete it and get it again. {_HOW_TO_GET}")
+    shape = np.frombuffer(raw, ">u4", count=raw[3], offset=4).astype(int).tolist()
+    values = np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3])
+    return torch.from_numpy(values.copy()).reshape(shape)
+
+
+def _standardise(x: Tensor) -> Tensor:
+    return (x - x.mean(0)) / x.std(0, correction=0)
