@@ -100,14 +100,14 @@ class NoiseSchedule:
 
     @property
     def posterior_mean_x_0(self) -> Tensor:
-        """√ᾱ_{t-1} β_t / (1 - ᾱ_t): the weight of x_0 in the mean of q(x_{t-1} | x_t, x_0)."""
+        """Weight of x_0 in the mean of q(x_{t-1} | x_t, x_0), √ᾱ_{t-1} β_t / (1 - ᾱ_t)."""
         table = torch.zeros_like(self.beta)
         table[1:] = self.alpha_bar[:-1].sqrt() * self.beta[1:] / (1 - self.alpha_bar[1:])
         return table
 
     @property
     def posterior_mean_x_t(self) -> Tensor:
-        """√α_t (1 - ᾱ_{t-1}) / (1 - ᾱ_t): the weight of x_t in the mean of q(x_{t-1} | x_t, x_0)."""
+        """Weight of x_t in the mean of q(x_{t-1} | x_t, x_0), √α_t (1 - ᾱ_{t-1}) / (1 - ᾱ_t)."""
         table = torch.ones_like(self.beta)
         table[1:] = self.alpha[1:].sqrt() * (1 - self.alpha_bar[:-1]) / (1 - self.alpha_bar[1:])
         return table

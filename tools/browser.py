@@ -1,0 +1,256 @@
+"""Chromium for the checks of the built pages: find it, start it, serve the book to it, and ask it what is wrong.
+
+Used by tests/pages/test_browser.py and tools/screenshots.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+if TYPE_CHECKING:
+    # imported late elsewhere: to find the browser, playwright is not needed
+    from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, Request
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+PLACES = (
+    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
+    "/Applications/Chromium.app/Contents/MacOS/Chromium",
+    r"C:\Program Files\Google\Chrome\Application\chrome.exe",
+    r"C:\Program Files (x86)\Google\Chrome\Application\chrome.exe",
+)
+FLAGS = (
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    # no other host can be reached, and a request to one fails at once. (Playwright's own interception of requests
+    # would turn the browser's cache off.)
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+)
+SIZES = {"phone": (390, 844), "desktop": (1280, 900)}
+SCHEMES = ("light", "dark")
+AXE_TAGS = ("wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice")
+MISSING = "no Chromium or Chrome found: run `make browser`"
+
+
+def find() -> str | None:
+    """The program named by the environment variable CHROME, else the Chromium or Chrome of this machine, or None.
+
+    Raises FileNotFoundError when CHROME names nothing that can be run.
+    """
+    if wanted := os.environ.get("CHROME"):
+        if (program := shutil.which(wanted)) is None:
+            raise FileNotFoundError(f"CHROME is {wanted!r}, which is no program")
+        return program
+    local = os.environ.get("LOCALAPPDATA")
+    places = [*PLACES, *([str(Path(local, "Google/Chrome/Application/chrome.exe"))] if local else [])]
+    return next((program for program in map(shutil.which, (*NAMES, *places)) if program), None)
+
+
+class _Quiet(SimpleHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    # some systems answer with other types, and browsers refuse scripts of a wrong one
+    extensions_map = {  # noqa: RUF012
+        **SimpleHTTPRequestHandler.extensions_map,
+        ".css": "text/css",
+        ".html": "text/html; charset=utf-8",
+        ".js": "text/javascript",
+        ".mjs": "text/javascript",
+        ".svg": "image/svg+xml",
+        ".wasm": "application/wasm",
+        ".woff": "font/woff",
+        ".woff2": "font/woff2",
+    }
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing."""
+
+
+@contextmanager
+def serve(folder: Path | str) -> Iterator[str]:
+    """Serve a folder on a free port of this machine; yields its address, which ends with a slash."""
+    handler = functools.partial(_Quiet, directory=str(folder))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@contextmanager
+def launch(program: str) -> Iterator[Browser]:
+    """Start the browser, without a window and with a new profile."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        # without the sandbox, which root and most containers cannot have: the pages are our own
+        browser = playwright.chromium.launch(executable_path=program, args=list(FLAGS), chromium_sandbox=False)
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+def new_context(browser: Browser, size: str, scheme: str = "light") -> BrowserContext:
+    """A window of the size `size` (a key of SIZES) in which nothing moves, so that no check meets a half-way state."""
+    width, height = SIZES[size]
+    context = browser.new_context(viewport={"width": width, "height": height}, reduced_motion="reduce")
+    context.set_default_timeout(20_000)
+    page = context.new_page()
+    use_scheme(page, scheme)
+    return context
+
+
+@dataclass
+class Listener:
+    """Collects what a page complains about while it is open: console, scripts, requests."""
+
+    home: str
+    messages: list[str] = field(default_factory=list)
+
+    def listen(self, page: Page) -> None:
+        """Hear everything that happens on `page` from now on."""
+        page.on("console", self._console)
+        page.on("pageerror", lambda error: self.messages.append(f"script error: {error}"))
+        page.on("request", self._request)
+        page.on("requestfailed", lambda request: self.messages.append(f"failed: {request.url} ({request.failure})"))
+        page.on(
+            "response",
+            lambda answer: self.messages.append(f"{answer.status}: {answer.url}") if answer.status >= 400 else None,
+        )
+
+    def _console(self, message: ConsoleMessage) -> None:
+        if message.type in ("error", "warning"):
+            self.messages.append(f"console {message.type}: {message.text}")
+
+    def _request(self, request: Request) -> None:
+        if urlsplit(request.url).scheme not in ("data", "blob") and not request.url.startswith(self.home):
+            self.messages.append(f"request to another place: {request.url}")
+
+    def take(self) -> list[str]:
+        """What was collected since the last call."""
+        taken, self.messages = list(dict.fromkeys(self.messages)), []
+        return taken
+
+
+SETTLED = """async () => {
+    await document.fonts.ready;
+    if (window.MathJax?.startup?.promise) await window.MathJax.startup.promise;
+    await Promise.all([...document.images].filter(i => i.loading !== 'lazy').map(i => i.decode().catch(() => {})));
+    await new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)));
+}"""
+
+
+def settle(page: Page) -> None:
+    """Wait until fonts, images and mathematics are there and what was changed is on the screen."""
+    page.evaluate(SETTLED)
+
+
+def visit(page: Page, address: str) -> None:
+    """Open a page and wait until it is complete."""
+    page.goto(address, wait_until="load")
+    settle(page)
+
+
+def use_scheme(page: Page, scheme: str) -> None:
+    """Let the system of the reader be "light" or "dark"; the book's pages follow it."""
+    page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+    settle(page)
+
+
+def open_details(page: Page) -> int:
+    """Open everything that is folded up, as a reader does who looks at all hints and solutions; returns how many."""
+    opened: int = page.evaluate("""() => {
+        const closed = [...document.querySelectorAll('details:not([open])')];
+        for (const details of closed) details.open = true;
+        // boxes folded by sphinx-togglebutton have a button of their own
+        const buttons = [...document.querySelectorAll('.toggle-hidden button.toggle-button')];
+        for (const button of buttons) button.click();
+        return closed.length + buttons.length;
+    }""")
+    settle(page)
+    return opened
+
+
+@functools.cache
+def _axe() -> str:
+    from axe_playwright_python.base import AXE_SCRIPT
+
+    return str(AXE_SCRIPT)
+
+
+def axe_violations(page: Page) -> list[str]:
+    """What axe-core finds wrong with the page as it is now: a line for each element."""
+    page.evaluate("script => { if (!window.axe) (0, eval)(script); }", _axe())
+    found = page.evaluate(
+        """async tags => (await axe.run(document, {
+            runOnly: tags, resultTypes: ['violations'], preload: false, iframes: false,
+        })).violations.flatMap(rule => rule.nodes.map(node => [
+            rule.id, rule.help, node.target.join(' '), node.html.slice(0, 120), node.failureSummary,
+        ]))""",
+        list(AXE_TAGS),
+    )
+    return [
+        f"axe {rule} ({text}): {target} :: {' '.join(html.split())} :: {' '.join(summary.split())}"
+        for rule, text, target, html, summary in found
+    ]
+
+
+def overflow(page: Page) -> list[str]:
+    """The document is not wider than the window; if it is, which elements stick out."""
+    return list(
+        page.evaluate("""() => {
+        const width = document.documentElement.clientWidth;
+        const wide = document.documentElement.scrollWidth;
+        if (wide <= width) return [];
+        const scrolls = e => ['auto', 'scroll', 'hidden', 'clip'].includes(getComputedStyle(e).overflowX);
+        const boxed = e => {
+            for (let p = e.parentElement; p && p !== document.body; p = p.parentElement) if (scrolls(p)) return true;
+            return false;
+        };
+        const out = [...document.body.querySelectorAll('*')].filter(
+            e => e.getBoundingClientRect().right > width + 0.5 && e.getClientRects().length && !boxed(e));
+        const named = e => e.tagName.toLowerCase() + (e.id ? '#' + e.id : '') + [...e.classList].map(c => '.' + c).join('');
+        return [`the page is ${wide - width} px wider than the window: ` + out.slice(-3).map(named).join(' | ')];
+    }""")
+    )
+
+
+def mathematics(page: Page) -> list[str]:
+    """All mathematics was typeset, without an error and without an unknown command."""
+    return list(
+        page.evaluate(r"""() => {
+        const faults = [];
+        for (const e of document.querySelectorAll('.math')) {
+            if (!e.querySelector('mjx-container') && !e.closest('mjx-container'))
+                faults.push('not typeset: ' + e.textContent.trim().slice(0, 80));
+        }
+        for (const e of document.querySelectorAll('mjx-merror, merror'))
+            faults.push('MathJax error: ' + (e.getAttribute('data-mjx-error') || e.textContent).slice(0, 120));
+        // MathJax writes a command that it does not know in red
+        for (const e of document.querySelectorAll('mtext[mathcolor="red"]'))
+            faults.push('unknown TeX command: ' + e.textContent.slice(0, 40));
+        const code = 'pre, code, script, style, textarea, mjx-container, .highlight';
+        const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+        for (let n = walker.nextNode(); n; n = walker.nextNode()) {
+            if (/\\[([]/.test(n.data) && !n.parentElement.closest(code))
+                faults.push('raw TeX: ' + n.data.trim().slice(0, 80));
+        }
+        return [...new Set(faults)];
+    }""")
+    )
