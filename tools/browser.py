@@ -9,7 +9,7 @@ import functools
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
     # imported late elsewhere: to find the browser, playwright is not needed
-    from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, Request
+    from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Error, Page, Request, Response
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 PLACES = (
@@ -123,16 +123,33 @@ class Listener:
     home: str
     messages: list[str] = field(default_factory=list)
 
-    def listen(self, page: Page) -> None:
-        """Hear everything that happens on `page` from now on."""
-        page.on("console", self._console)
-        page.on("pageerror", lambda error: self.messages.append(f"script error: {error}"))
-        page.on("request", self._request)
-        page.on("requestfailed", lambda request: self.messages.append(f"failed: {request.url} ({request.failure})"))
-        page.on(
-            "response",
-            lambda answer: self.messages.append(f"{answer.status}: {answer.url}") if answer.status >= 400 else None,
-        )
+    @contextmanager
+    def attached(self, page: Page) -> Iterator[None]:
+        """Hear everything that happens on `page` inside the `with` block."""
+        handlers: dict[str, Callable[[Any], None]] = {
+            "console": self._console,
+            "pageerror": self._script_error,
+            "request": self._request,
+            "requestfailed": self._failed,
+            "response": self._response,
+        }
+        for event, handler in handlers.items():
+            page.on(event, handler)  # type: ignore[call-overload]
+        try:
+            yield
+        finally:
+            for event, handler in handlers.items():
+                page.remove_listener(event, handler)
+
+    def _script_error(self, error: Error) -> None:
+        self.messages.append(f"script error: {error.message}")
+
+    def _failed(self, request: Request) -> None:
+        self.messages.append(f"failed: {request.url} ({request.failure})")
+
+    def _response(self, answer: Response) -> None:
+        if answer.status >= 400:
+            self.messages.append(f"{answer.status}: {answer.url}")
 
     def _console(self, message: ConsoleMessage) -> None:
         if message.type in ("error", "warning"):
@@ -162,8 +179,10 @@ def settle(page: Page) -> None:
 
 
 def visit(page: Page, address: str) -> None:
-    """Open a page and wait until it is complete."""
+    """Open a page, or the one it sends on to, and wait until it is complete."""
     page.goto(address, wait_until="load")
+    page.wait_for_function("!document.querySelector('meta[http-equiv=refresh i]')")
+    page.wait_for_load_state("load")
     settle(page)
 
 
@@ -173,18 +192,73 @@ def use_scheme(page: Page, scheme: str) -> None:
     settle(page)
 
 
-def open_details(page: Page) -> int:
-    """Open everything that is folded up, as a reader does who looks at all hints and solutions; returns how many."""
-    opened: int = page.evaluate("""() => {
-        const closed = [...document.querySelectorAll('details:not([open])')];
-        for (const details of closed) details.open = true;
+def use_size(page: Page, size: str) -> None:
+    """Make the window as large as that of a "phone" or a "desktop"."""
+    width, height = SIZES[size]
+    page.set_viewport_size({"width": width, "height": height})
+    settle(page)
+
+
+def fold(page: Page, folded: bool) -> int:
+    """Close, or open, everything on the page that can be folded up (hints, solutions, code); returns how many."""
+    changed: int = page.evaluate(
+        """folded => {
+        const details = [...document.querySelectorAll('details')].filter(e => e.open === folded);
+        for (const e of details) e.open = !folded;
         // boxes folded by sphinx-togglebutton have a button of their own
-        const buttons = [...document.querySelectorAll('.toggle-hidden button.toggle-button')];
-        for (const button of buttons) button.click();
-        return closed.length + buttons.length;
+        const boxes = [...document.querySelectorAll('.toggle, .admonition.dropdown')].filter(
+            e => e.tagName !== 'DETAILS' && e.classList.contains('toggle-hidden') !== folded);
+        for (const e of boxes) e.querySelector('button.toggle-button')?.click();
+        return details.length + boxes.length;
+    }""",
+        folded,
+    )
+    settle(page)
+    return changed
+
+
+def slim(page: Page) -> None:
+    """Take away what axe would look at hundreds of times with the same answer: a chapter is done in 2 s, not in 30.
+
+    A formula keeps its box, in which two letters stand for MathJax's drawing; axe does not see the drawing, but it
+    sees whether the letters have enough contrast. Of the formulas in running text, and of the coloured pieces of code,
+    one in each kind of surroundings stays; the others become empty boxes and plain text.
+    """
+    page.evaluate("""() => {
+        const seen = new Set();
+        const isNew = (element, inner) => {
+            let kind = inner;
+            for (let e = element; e; e = e.parentElement) kind += ` in ${e.tagName}.${e.className}`;
+            return !seen.has(kind) && seen.add(kind);
+        };
+
+        const formulas = [...document.querySelectorAll('mjx-container')].filter(e => e.querySelector('mjx-math'));
+        const boxes = formulas.map(formula => formula.querySelector('mjx-math').getBoundingClientRect());
+        formulas.forEach((formula, i) => {
+            const drawing = formula.querySelector('mjx-math');
+            const spoken = formula.querySelector('mjx-assistive-mml > math');
+            const box = {display: 'inline-block', width: `${boxes[i].width}px`, height: `${boxes[i].height}px`};
+            const named = formula.closest('a, button, summary, label, h1, h2, h3, h4, h5, h6, th');
+            if (named || formula.hasAttribute('display') || isNew(formula, 'formula')) {
+                drawing.textContent = 'xx';
+                drawing.removeAttribute('aria-hidden');
+                Object.assign(drawing.style, box);
+                if (spoken) spoken.textContent = 'x';
+            } else {
+                formula.replaceChildren();
+                Object.assign(formula.style, box);
+            }
+        });
+
+        for (const block of document.querySelectorAll('.highlight pre')) {
+            for (const span of block.querySelectorAll('span[class]:not([id]):not([style])')) {
+                if (!span.firstElementChild && !isNew(span.parentElement, span.className))
+                    span.replaceWith(...span.childNodes);
+            }
+            block.normalize();
+        }
     }""")
     settle(page)
-    return opened
 
 
 @functools.cache
@@ -194,39 +268,47 @@ def _axe() -> str:
     return str(AXE_SCRIPT)
 
 
-def axe_violations(page: Page) -> list[str]:
-    """What axe-core finds wrong with the page as it is now: a line for each element."""
+def axe_violations(page: Page, shown: int = 4) -> list[str]:
+    """What axe-core finds wrong with the page as it is now: `shown` elements of each rule, and how many more."""
     page.evaluate("script => { if (!window.axe) (0, eval)(script); }", _axe())
-    found = page.evaluate(
+    violations = page.evaluate(
         """async tags => (await axe.run(document, {
             runOnly: tags, resultTypes: ['violations'], preload: false, iframes: false,
-        })).violations.flatMap(rule => rule.nodes.map(node => [
-            rule.id, rule.help, node.target.join(' '), node.html.slice(0, 120), node.failureSummary,
-        ]))""",
+        })).violations.map(rule => [rule.id, rule.nodes.map(
+            node => [node.target.join(' '), node.html.slice(0, 120), node.failureSummary])])""",
         list(AXE_TAGS),
     )
-    return [
-        f"axe {rule} ({text}): {target} :: {' '.join(html.split())} :: {' '.join(summary.split())}"
-        for rule, text, target, html, summary in found
-    ]
+    found = []
+    for rule, nodes in violations:
+        for target, html, summary in nodes[:shown]:
+            found.append(f"axe {rule}: {target} :: {' '.join(html.split())} :: {' '.join(summary.split())}")
+        if len(nodes) > shown:
+            found.append(f"axe {rule}: {len(nodes) - shown} more elements")
+    return found
 
 
 def overflow(page: Page) -> list[str]:
-    """The document is not wider than the window; if it is, which elements stick out."""
+    """The document is not wider than the window; if it is, which element does it."""
     return list(
         page.evaluate("""() => {
-        const width = document.documentElement.clientWidth;
-        const wide = document.documentElement.scrollWidth;
-        if (wide <= width) return [];
-        const scrolls = e => ['auto', 'scroll', 'hidden', 'clip'].includes(getComputedStyle(e).overflowX);
-        const boxed = e => {
-            for (let p = e.parentElement; p && p !== document.body; p = p.parentElement) if (scrolls(p)) return true;
-            return false;
-        };
-        const out = [...document.body.querySelectorAll('*')].filter(
-            e => e.getBoundingClientRect().right > width + 0.5 && e.getClientRects().length && !boxed(e));
-        const named = e => e.tagName.toLowerCase() + (e.id ? '#' + e.id : '') + [...e.classList].map(c => '.' + c).join('');
-        return [`the page is ${wide - width} px wider than the window: ` + out.slice(-3).map(named).join(' | ')];
+        const root = document.documentElement;
+        const excess = () => root.scrollWidth - root.clientWidth;
+        const all = excess();
+        if (all <= 0) return [];
+        // from the body downwards, the child without which the page would be narrower
+        const path = [];
+        for (let e = document.body; e;) {
+            path.push([e.tagName.toLowerCase() + (e.id && `#${e.id}`), ...e.classList].join('.'));
+            e = [...e.children].find(child => {
+                if (!child.style || child.matches('script, style')) return false;
+                const before = child.getAttribute('style');
+                child.style.setProperty('display', 'none', 'important');
+                const narrower = excess() < all;
+                if (before === null) child.removeAttribute('style'); else child.setAttribute('style', before);
+                return narrower;
+            });
+        }
+        return [`the page is ${all} px wider than the window: ` + path.slice(-4).join(' > ')];
     }""")
     )
 

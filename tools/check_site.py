@@ -358,7 +358,8 @@ def headings(site: Site) -> list[str]:
     return problems
 
 
-CHECKS: tuple[Callable[[Site], list[str]], ...] = (
+Check = Callable[[Site], list[str]]
+CHECKS: tuple[Check, ...] = (
     links,
     other_hosts,
     alternatives,

@@ -27,16 +27,12 @@ def _product(
     return (w1 * m1 + w2 * m2) / (w1 + w2), 1 / (1 / v1 + 1 / v2), gaussian_log_prob(m1, m2, v1 + v2)
 
 
-def _with_variance(
-    m1: Tensor, v1: Tensor, m2: Tensor, v2: Tensor, variance: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _with_variance(m1: Tensor, v1: Tensor, m2: Tensor, v2: Tensor, variance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     mean, _, constant = _product(m1, v1, m2, v2)
     return mean, variance, constant
 
 
-def _with_constant(
-    m1: Tensor, v1: Tensor, m2: Tensor, v2: Tensor, constant: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _with_constant(m1: Tensor, v1: Tensor, m2: Tensor, v2: Tensor, constant: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     mean, variance, _ = _product(m1, v1, m2, v2)
     return mean, variance, constant
 
@@ -135,7 +131,7 @@ _SUM = Exercise(
         Mistake(
             "standard deviations added",
             (-1 / 3, 12.25),
-            "For independent variables one of the two adds up, variance or standard deviation: the other one.",
+            "For independent variables one of the two adds up, variance or standard deviation: the other.",
         ),
         Mistake(
             "factors not squared",
@@ -186,9 +182,7 @@ _PRODUCT = Exercise(
         ),
         Mistake(
             "plain average",
-            lambda m1, v1, m2, v2: _product(
-                m1, v1, m2, v2, weights=(torch.ones_like(v1), torch.ones_like(v2))
-            ),
+            lambda m1, v1, m2, v2: _product(m1, v1, m2, v2, weights=(torch.ones_like(v1), torch.ones_like(v2))),
             "The two means do not count equally unless the variances are equal.",
         ),
         Mistake(
@@ -213,9 +207,7 @@ _PRODUCT = Exercise(
         ),
         Mistake(
             "wrong variance in the constant",
-            lambda m1, v1, m2, v2: _with_constant(
-                m1, v1, m2, v2, gaussian_log_prob(m1, m2, 1 / (1 / v1 + 1 / v2))
-            ),
+            lambda m1, v1, m2, v2: _with_constant(m1, v1, m2, v2, gaussian_log_prob(m1, m2, 1 / (1 / v1 + 1 / v2))),
             "Mean and variance are right. The constant asks how far apart the two means are, "
             "measured by the spread of their difference.",
         ),
@@ -239,9 +231,7 @@ _KL = Exercise(
     mistakes=[
         Mistake(
             "means compared on the wrong scale",
-            lambda m_q, v_q, m_p, v_p: (
-                0.5 * (v_q / v_p - 1 - torch.log(v_q / v_p) + (m_q - m_p).square() / v_q)
-            ),
+            lambda m_q, v_q, m_p, v_p: 0.5 * (v_q / v_p - 1 - torch.log(v_q / v_p) + (m_q - m_p).square() / v_q),
             "The error hides whenever both variances are equal. "
             "Which of the two densities is it whose exponent is averaged to give the mean term?",
         ),
@@ -257,9 +247,7 @@ _KL = Exercise(
         ),
         Mistake(
             "wrong sign of the logarithm",
-            lambda m_q, v_q, m_p, v_p: (
-                0.5 * (v_q / v_p - 1 + torch.log(v_q / v_p) + (m_q - m_p).square() / v_p)
-            ),
+            lambda m_q, v_q, m_p, v_p: 0.5 * (v_q / v_p - 1 + torch.log(v_q / v_p) + (m_q - m_p).square() / v_p),
             "For equal means the result must not be negative: try v_q much smaller than v_p.",
         ),
         Mistake(
@@ -308,7 +296,7 @@ _MONTE_CARLO = Exercise(
         Mistake(
             "divided by n inside the variance",
             lambda f: _mean_and_error(f, correction=0),
-            "The deviations are taken from the estimated mean, which lies closer to the data than the true mean.",
+            "The deviations are from the estimated mean, which lies closer to the data than the true mean.",
         ),
         Mistake(
             "sum for mean",
