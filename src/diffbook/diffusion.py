@@ -19,7 +19,7 @@ Denoiser = Callable[[Tensor, Tensor], Tensor]
 
 
 def q_step(x_prev: Tensor, eps: Tensor, t: Tensor | int, schedule: NoiseSchedule) -> Tensor:
-    """One forward step, x_t = √(1-β_t) x_{t-1} + √β_t ε (:eq:`eq-forward-step-sample`).
+    """One forward step, x_t = √(1-β_t) x_{t-1} + √β_t ε, :eq:`eq-forward-step-sample`.
 
     Args:
         x_prev: x_{t-1}, shape ``(B, …)``.
@@ -34,7 +34,7 @@ def q_step(x_prev: Tensor, eps: Tensor, t: Tensor | int, schedule: NoiseSchedule
 
 
 def q_sample(x_0: Tensor, eps: Tensor, t: Tensor | int, schedule: NoiseSchedule) -> Tensor:
-    """Jump from x_0 to x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε (:eq:`eq-forward-sample`).
+    """Jump from x_0 to x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε, :eq:`eq-forward-sample`.
 
     Args:
         x_0: clean data, shape ``(B, …)``.
@@ -63,7 +63,7 @@ def q_posterior(x_0: Tensor, x_t: Tensor, t: Tensor | int, schedule: NoiseSchedu
 
 
 def x0_from_eps(x_t: Tensor, eps: Tensor, t: Tensor | int, schedule: NoiseSchedule) -> Tensor:
-    """The x_0 that gives x_t with the noise ε: (x_t - √(1-ᾱ_t) ε) / √ᾱ_t (:eq:`eq-x0-from-eps`)."""
+    """The x_0 that gives x_t with the noise ε: (x_t - √(1-ᾱ_t) ε) / √ᾱ_t, :eq:`eq-x0-from-eps`."""
     x_t, eps = _check_pair("x_t", x_t, "eps", eps)
     t = check_time(t, x_t, schedule)
     signal, noise = schedule.at("sqrt_alpha_bar", t, x_t), schedule.at("sqrt_one_minus_alpha_bar", t, x_t)
@@ -71,7 +71,7 @@ def x0_from_eps(x_t: Tensor, eps: Tensor, t: Tensor | int, schedule: NoiseSchedu
 
 
 def eps_from_x0(x_t: Tensor, x_0: Tensor, t: Tensor | int, schedule: NoiseSchedule) -> Tensor:
-    """The noise that leads from x_0 to x_t: (x_t - √ᾱ_t x_0) / √(1-ᾱ_t) (:eq:`eq-eps-from-x0`)."""
+    """The noise that leads from x_0 to x_t: (x_t - √ᾱ_t x_0) / √(1-ᾱ_t), :eq:`eq-eps-from-x0`."""
     x_t, x_0 = _check_pair("x_t", x_t, "x_0", x_0)
     t = check_time(t, x_t, schedule)
     signal, noise = schedule.at("sqrt_alpha_bar", t, x_t), schedule.at("sqrt_one_minus_alpha_bar", t, x_t)

@@ -19,7 +19,7 @@ LOG_2PI = math.log(2 * math.pi)
 
 
 def gaussian_log_prob(x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
-    """log N(x; mean, variance) of each number by itself, in nats (:eq:`def-gaussian`).
+    """log N(x; mean, variance) of each number by itself, in nats, :eq:`def-gaussian`.
 
     Args:
         x, mean, variance: tensors that broadcast; variances are positive.
@@ -34,7 +34,7 @@ def gaussian_log_prob(x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
 def kl_diagonal(mean_q: Tensor, var_q: Tensor, mean_p: Tensor, var_p: Tensor) -> Tensor:
     """KL(N(mean_q, var_q) ‖ N(mean_p, var_p)) of diagonal Gaussians, each dimension by itself, in nats.
 
-    Sum over the dimensions for the divergence of the joint distribution (:eq:`eq-gaussian-kl`).
+    Sum over the dimensions for the divergence of the joint distribution, :eq:`eq-gaussian-kl`.
 
     Args:
         mean_q, var_q, mean_p, var_p: tensors that broadcast; variances are positive.
@@ -123,11 +123,11 @@ class GaussianMixture:
         return (responsibility * (self.means - x[:, None]) / self.variances).sum(1)
 
     def after(self, scale: float | Tensor, variance: float | Tensor) -> GaussianMixture:
-        """The distribution of scale · x + N(0, variance), again a mixture (:eq:`eq-gaussian-affine`)."""
+        """The distribution of scale · x + N(0, variance), again a mixture, :eq:`eq-gaussian-affine`."""
         return GaussianMixture(self.weights, scale * self.means, scale**2 * self.variances + variance)
 
     def at(self, t: int, schedule: NoiseSchedule) -> GaussianMixture:
-        """The exact marginal q(x_t) when x_0 is drawn from this mixture (:eq:`eq-forward-marginal`)."""
+        """The exact marginal q(x_t) when x_0 is drawn from this mixture, :eq:`eq-forward-marginal`."""
         if not 0 <= t <= schedule.T:
             raise ValueError(f"t must lie in 0…{schedule.T}, got {t}")
         alpha_bar = schedule.alpha_bar[t].item()
@@ -137,8 +137,8 @@ class GaussianMixture:
         """The distribution of x, drawn from this mixture, given y = scale · x + N(0, variance).
 
         With scale √ᾱ_t and variance 1-ᾱ_t it is p(x_0 | x_t); for the mixture q(x_{t-1}), scale √α_t and
-        variance β_t it is the exact reverse step q(x_{t-1} | x_t). Each component is a product of two Gaussians
-        (:eq:`eq-gaussian-product`).
+        variance β_t it is the exact reverse step q(x_{t-1} | x_t). Each component is a product of two
+        Gaussians, :eq:`eq-gaussian-product`.
 
         Args:
             y: shape ``(B, D)``.

@@ -26,9 +26,9 @@ class NoiseSchedule:
 
     Attributes:
         T: number of steps.
-        beta: β_t, float64, shape ``(T+1,)``, ``beta[0] = 0`` (:eq:`def-forward-step`).
+        beta: β_t, float64, shape ``(T+1,)``, ``beta[0] = 0``, :eq:`def-forward-step`.
         alpha: α_t = 1 - β_t, shape ``(T+1,)``.
-        alpha_bar: ᾱ_t = ∏_{s≤t} α_s, shape ``(T+1,)``, ``alpha_bar[0] = 1`` (:eq:`def-alpha-bar`).
+        alpha_bar: ᾱ_t = ∏_{s≤t} α_s, shape ``(T+1,)``, ``alpha_bar[0] = 1``, :eq:`def-alpha-bar`.
 
     Raises:
         ValueError: ``beta`` is not a non-empty vector of numbers inside (0, 1).
@@ -63,11 +63,11 @@ class NoiseSchedule:
         return f"NoiseSchedule(T={self.T}, alpha_bar_T={self.alpha_bar[-1].item():.3g})"
 
     def snr(self) -> Tensor:
-        """Signal-to-noise ratio ᾱ_t / (1 - ᾱ_t), shape ``(T+1,)``; infinite at t = 0 (:eq:`def-snr`)."""
+        """Signal-to-noise ratio ᾱ_t / (1 - ᾱ_t), shape ``(T+1,)``; infinite at t = 0, :eq:`def-snr`."""
         return self.alpha_bar / (1 - self.alpha_bar)
 
     def log_snr(self) -> Tensor:
-        """Natural logarithm of :meth:`snr`, shape ``(T+1,)`` (:eq:`def-snr`)."""
+        """Natural logarithm of :meth:`snr`, shape ``(T+1,)``, :eq:`def-snr`."""
         return torch.log(self.alpha_bar) - torch.log1p(-self.alpha_bar)
 
     @property
@@ -130,7 +130,7 @@ class NoiseSchedule:
 
 
 def linear_schedule(T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:
-    """β_t that grows linearly from ``beta_start`` at t = 1 to ``beta_end`` at t = T (:eq:`def-linear-schedule`).
+    """β_t that grows linearly from ``beta_start`` at t = 1 to ``beta_end`` at t = T, :eq:`def-linear-schedule`.
 
     Source: Ho et al. (2020), section 4.
 
@@ -146,7 +146,7 @@ def linear_schedule(T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0
 
 
 def cosine_schedule(T: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> NoiseSchedule:
-    """ᾱ_t that falls like a squared cosine, β_t cut at ``max_beta`` (:eq:`def-cosine-schedule`).
+    """ᾱ_t that falls like a squared cosine, β_t cut at ``max_beta``, :eq:`def-cosine-schedule`.
 
     Source: Nichol & Dhariwal (2021), eq. 17.
 
