@@ -126,6 +126,7 @@ def in_place(b, x):
         (lambda b, x: b**0.5 * x, "correct", "correct."),
         (lambda b, x: (b**0.5 * x).reshape(2, 1).float(), "correct", "correct."),
         (in_place, "correct", "correct."),
+        (lambda b, x: (b**0.5 * x).tolist(), "correct", "correct."),
         (..., "no answer", "Replace the dots"),
         (None, "no answer", "Replace the dots"),
         (lambda b, x: None, "no answer", "return"),
@@ -140,7 +141,9 @@ def in_place(b, x):
         (lambda b, x: -(b**0.5) * x, "wrong sign", "sign"),
         (lambda b, x: 3 * b**0.5 * x, "constant factor", "3 times"),
         (lambda b, x: 1 / (b**0.5 * x), "upside down", "one over"),
-        (lambda b, x: b**0.5 * x + 1, "wrong value", "expected"),
+        (lambda b, x: b**0.5 * x + 1, "wrong value", "got 1.5, expected 0.5"),
+        (lambda b, x: b**0.5 * x + 1e-4, "wrong value", "got 0.5001, expected 0.5"),
+        (lambda b, x: b**0.5 * x + torch.tensor([0, 2e-5]), "wrong value", "expected -1 for (0.25"),
         (lambda b, x: x * float("nan"), "not finite", "NaN"),
     ],
 )
@@ -154,6 +157,18 @@ def test_a_value_as_answer(made_up):
     assert diagnose("9.2", 2.0).kind == "forgot the two"
     assert diagnose("9.2", -4.0).kind == "wrong sign" and diagnose("9.2", 7.0).kind == "wrong value"
     assert diagnose("9.2", 16.0).kind == "missing square root"
+
+
+def test_several_values_as_answer(monkeypatch):
+    pair = Exercise("9.3", (-1 / 3, 6.25), [()], [Mistake("swapped", (6.25, -1 / 3), "Read the order once more.")])
+    monkeypatch.setattr(core, "exercises", lambda: {"9.3": pair})
+    for right in ((-1 / 3, 6.25), [-1 / 3, 6.25], (torch.tensor(-1 / 3, dtype=torch.float64), 6.25)):
+        assert diagnose("9.3", right).passed
+    assert diagnose("9.3", (6.25, -1 / 3)).kind == "swapped"
+    result = diagnose("9.3", (-0.3, 6.25))
+    assert result.kind == "wrong value" and "-0.3 is not the value" in result.message and "333" not in result.message
+    assert diagnose("9.3", (..., ...)).kind == "no answer"
+    assert diagnose("9.3", 1.0).kind == "wrong number of results"
 
 
 def test_check_prints_and_never_raises(made_up, capsys):

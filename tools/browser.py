@@ -169,7 +169,11 @@ SETTLED = """async () => {
     await document.fonts.ready;
     if (window.MathJax?.startup?.promise) await window.MathJax.startup.promise;
     await Promise.all([...document.images].filter(i => i.loading !== 'lazy').map(i => i.decode().catch(() => {})));
-    await new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)));
+    const drawn = () => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)));
+    await drawn();
+    // a colour that is on its way to another has a contrast of its own
+    for (const change of document.getAnimations()) if (change instanceof CSSTransition) change.finish();
+    await drawn();
 }"""
 
 
@@ -195,7 +199,10 @@ def use_scheme(page: Page, scheme: str) -> None:
 def use_size(page: Page, size: str) -> None:
     """Make the window as large as that of a "phone" or a "desktop"."""
     width, height = SIZES[size]
-    page.set_viewport_size({"width": width, "height": height})
+    if page.viewport_size != {"width": width, "height": height}:
+        page.set_viewport_size({"width": width, "height": height})
+        # the theme waits 0.3 s for further changes before it decides anew which boxes scroll and take the focus
+        page.wait_for_timeout(400)
     settle(page)
 
 

@@ -29,6 +29,7 @@ KNOWN_TAGS = {
     "exercise",
     "hide-input",
     "hide-output",
+    "remove-cell",
     "imports",
     "nbval-ignore-output",
     "remove-input",

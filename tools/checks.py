@@ -18,13 +18,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import browser
+
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = sys.executable
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-BROWSER_PATHS = (
-    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
-    "/Applications/Chromium.app/Contents/MacOS/Chromium",
-)
 
 
 @dataclass(frozen=True)
@@ -66,20 +63,14 @@ STEPS = (
         (_pytest("-q", "-n2", "--dist=loadfile", *NBVAL, "notebooks"),),
     ),
     Step("book", "build the book from the stored outputs", ((PYTHON, "tools/build_book.py"),)),
-    Step("pages", "the built pages: links, assets, accessibility", (_pytest("tests/pages"),)),
+    Step("pages", "the built pages: links, assets, accessibility", (_pytest("-n2", "tests/pages"),)),
 )
-
-
-def browser() -> str | None:
-    """The Chromium or Chrome of this machine, or None."""
-    found = (shutil.which(name) for name in BROWSERS)
-    return next((b for b in (*found, *filter(os.path.exists, BROWSER_PATHS)) if b), None)
 
 
 def install_browser_in_ci() -> None:
     """In continuous integration the accessibility checks are never left out: get the browser they need."""
     as_root = hasattr(os, "geteuid") and os.geteuid() == 0
-    if os.environ.get("CI") == "true" and browser() is None and as_root and shutil.which("apt-get"):
+    if os.environ.get("CI") == "true" and browser.find() is None and as_root and shutil.which("apt-get"):
         print("== installing Chromium (CI=true)", flush=True)
         subprocess.run(["sh", "tools/install_browser.sh"], cwd=ROOT, stdin=subprocess.DEVNULL, check=False)
 
@@ -127,7 +118,7 @@ def main(arguments: Sequence[str] | None = None, steps: Sequence[Step] = STEPS) 
     for name, (passed, seconds) in results.items():
         advice = "" if passed else f"   alone: make test ONLY={name}"
         print(f"  {name:10} {'passed' if passed else 'FAILED'} {seconds:5.0f} s{advice}")
-    if with_pages and browser() is None:
+    if with_pages and browser.find() is None:
         print(
             box(
                 [

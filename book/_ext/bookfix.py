@@ -7,6 +7,7 @@ the pages get a repository button and launch buttons; where it is not, they get 
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from sphinx.environment import BuildEnvironment
 
 
 def repair(app: Sphinx, pagename: str, templatename: str, context: dict[str, Any], doctree: object) -> None:
+    if "generate_toctree_html" in context:
+        context["generate_toctree_html"] = name_the_toggles(context["generate_toctree_html"])
     body = context.get("body")
     if not body:
         return
@@ -25,6 +28,18 @@ def repair(app: Sphinx, pagename: str, templatename: str, context: dict[str, Any
     # a hidden code cell is announced by its visible text, "Show code cell source"
     body = body.replace('<summary aria-label="Toggle hidden content">', "<summary>")
     context["body"] = body
+
+
+def name_the_toggles(generate: Callable[..., Any]) -> Callable[..., Any]:
+    """Say what each arrow in the sidebar opens: the theme gives it a picture and no name."""
+
+    def named(*arguments: Any, **options: Any) -> Any:
+        menu = generate(*arguments, **options)
+        for summary in menu.select("details > summary") if hasattr(menu, "select") else []:
+            summary["aria-label"] = f"Pages below {summary.find_parent('li').find('a').get_text(strip=True)}"
+        return menu
+
+    return named
 
 
 def number_chapter_zero(app: Sphinx, env: BuildEnvironment) -> None:

@@ -145,8 +145,8 @@ def test_linear_map_of_a_gaussian_vector(seed):
 
 @pytest.mark.equation("complete-square")
 def test_completing_the_square():
-    """a x² - 2 b x + c = a (x - b/a)² + c - b²/a for all symbols: sympy."""
-    a, b, c, x = sp.symbols("a b c x", nonzero=True)
+    """a x² - 2 b x + c = a (x - b/a)² + c - b²/a for all a ≠ 0 and all b, c, x: sympy."""
+    a, (b, c, x) = sp.Symbol("a", nonzero=True), sp.symbols("b c x")
     assert sp.simplify(a * x**2 - 2 * b * x + c - (a * (x - b / a) ** 2 + c - b**2 / a)) == 0
 
 

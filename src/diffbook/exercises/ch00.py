@@ -37,10 +37,6 @@ def _with_constant(m1: Tensor, v1: Tensor, m2: Tensor, v2: Tensor, constant: Ten
     return mean, variance, constant
 
 
-def _kl_parts(m_q: Tensor, v_q: Tensor, m_p: Tensor, v_p: Tensor) -> tuple[Tensor, Tensor]:
-    return v_q / v_p, (m_q - m_p).square()
-
-
 def _mean_and_error(f: Tensor, correction: int = 1) -> tuple[Tensor, Tensor]:
     return f.mean(), f.std(correction=correction) / math.sqrt(len(f))
 
@@ -75,6 +71,11 @@ _DENSITY = Exercise(
             "Under what does 2πv stand in the density, and what does that do to its logarithm?",
         ),
         Mistake(
+            "2π forgotten",
+            lambda x, m, v: -0.5 * (torch.log(v) + (x - m).square() / v),
+            "The values are off by the same number everywhere. Which part of the factor does not depend on v?",
+        ),
+        Mistake(
             "normalising constant left out",
             lambda x, m, v: -0.5 * (x - m).square() / v,
             "The exponent is only part of the logarithm: the factor in front of the exponential counts too.",
@@ -95,6 +96,16 @@ _SQUARE = Exercise(
             "factor ½ forgotten",
             (2.0, 1 / 3),
             "The exponent has to be written with −½ in front before the coefficient of x² is a precision.",
+        ),
+        Mistake(
+            "factor ½ forgotten in both coefficients",
+            (4.0, 1 / 3),
+            "The recipe starts with −½ in front of the bracket. Both coefficients stand behind it.",
+        ),
+        Mistake(
+            "coefficient of x² for variance",
+            (2.0, 3.0),
+            "The mean is right. First bring −½ to the front, then ask what the coefficient of x² is one over.",
         ),
         Mistake(
             "precision for variance",
@@ -122,6 +133,7 @@ _SQUARE = Exercise(
             "Put your mean into log p and check that the values on both sides of it are lower.",
         ),
     ],
+    tolerance=0.025,  # 0.17 will do for 1/6
 )
 
 _SUM = Exercise(
@@ -131,7 +143,7 @@ _SUM = Exercise(
         Mistake(
             "standard deviations added",
             (-1 / 3, 12.25),
-            "For independent variables one of the two adds up, variance or standard deviation: the other.",
+            "Independent errors of 3 cm and 4 cm give an error of 5 cm, not 7. What is it that adds up?",
         ),
         Mistake(
             "factors not squared",
@@ -139,9 +151,24 @@ _SUM = Exercise(
             "A variance is a mean of squares: what does a factor in front of x become there?",
         ),
         Mistake(
-            "wrong sign",
+            "factor of x not squared",
+            (-1 / 3, 8.25),
+            "You treated the noise as it should be. Do the same with x.",
+        ),
+        Mistake(
+            "factor of the noise not squared",
+            (-1 / 3, 4.75),
+            "You treated x as it should be. Do the same with the noise.",
+        ),
+        Mistake(
+            "wrong sign in the variance",
             (-1 / 3, -1.75),
             "A minus in front of x turns its mean around. Can it make a spread smaller?",
+        ),
+        Mistake(
+            "wrong sign in the mean",
+            (7 / 3, 6.25),
+            "The variance is right. If x grows, does y grow or fall?",
         ),
         Mistake(
             "standard deviation for variance",
@@ -159,7 +186,7 @@ _SUM = Exercise(
             "The variance is right. The shift changes no spread, but it does change the mean.",
         ),
     ],
-    tolerance=1e-3,
+    tolerance=0.025,  # -0.33 will do for -1/3
 )
 
 _PRODUCT = Exercise(
@@ -179,6 +206,11 @@ _PRODUCT = Exercise(
             "standard deviation for variance in the weights",
             lambda m1, v1, m2, v2: _product(m1, v1, m2, v2, weights=(1 / v1.sqrt(), 1 / v2.sqrt())),
             "Which power of the width stands in front of x² in the exponent?",
+        ),
+        Mistake(
+            "mean not divided by the precision",
+            lambda m1, v1, m2, v2: (m1 / v1 + m2 / v2, *_product(m1, v1, m2, v2)[1:]),
+            "Your weights do not add up to 1: try two thermometers that show the same.",
         ),
         Mistake(
             "plain average",
@@ -210,6 +242,16 @@ _PRODUCT = Exercise(
             lambda m1, v1, m2, v2: _with_constant(m1, v1, m2, v2, gaussian_log_prob(m1, m2, 1 / (1 / v1 + 1 / v2))),
             "Mean and variance are right. The constant asks how far apart the two means are, "
             "measured by the spread of their difference.",
+        ),
+        Mistake(
+            "variance for standard deviation in the constant",
+            lambda m1, v1, m2, v2: _with_constant(m1, v1, m2, v2, _normal(m1, m2, v1 + v2)),
+            "Mean and variance are right. `torch.distributions.Normal` wants something else as its second argument.",
+        ),
+        Mistake(
+            "standard deviation for variance in the constant",
+            lambda m1, v1, m2, v2: _with_constant(m1, v1, m2, v2, gaussian_log_prob(m1, m2, (v1 + v2).sqrt())),
+            "Mean and variance are right. `gaussian_log_prob` wants a variance.",
         ),
         Mistake(
             "missing square root in the constant",
@@ -246,6 +288,17 @@ _KL = Exercise(
             "Every term of a Gaussian's log-density carries the same factor.",
         ),
         Mistake(
+            "logarithm not halved",
+            lambda m_q, v_q, m_p, v_p: kl_diagonal(m_q, v_q, m_p, v_p) - 0.5 * torch.log(v_q / v_p),
+            "The logarithm of a root is half a logarithm: does the ½ reach every term?",
+        ),
+        Mistake(
+            "ratio of the variances upside down",
+            lambda m_q, v_q, m_p, v_p: 0.5 * (v_p / v_q - 1 - torch.log(v_p / v_q) + (m_q - m_p).square() / v_p),
+            "The mean term is right. A sample of q that falls far outside a narrow p is costly: "
+            "which of the two variances has to make the result large?",
+        ),
+        Mistake(
             "wrong sign of the logarithm",
             lambda m_q, v_q, m_p, v_p: 0.5 * (v_q / v_p - 1 + torch.log(v_q / v_p) + (m_q - m_p).square() / v_p),
             "For equal means the result must not be negative: try v_q much smaller than v_p.",
@@ -259,6 +312,11 @@ _KL = Exercise(
             "standard deviation for variance",
             lambda m_q, v_q, m_p, v_p: kl_diagonal(m_q, v_q.square(), m_p, v_p.square()),
             "The arguments are variances already; there is nothing left to square in them.",
+        ),
+        Mistake(
+            "means compared without a scale",
+            lambda m_q, v_q, m_p, v_p: 0.5 * (v_q / v_p - 1 - torch.log(v_q / v_p) + (m_q - m_p).square()),
+            "A divergence has no units, a squared distance has: by what is it divided?",
         ),
         Mistake(
             "missing square",
@@ -297,6 +355,11 @@ _MONTE_CARLO = Exercise(
             "divided by n inside the variance",
             lambda f: _mean_and_error(f, correction=0),
             "The deviations are from the estimated mean, which lies closer to the data than the true mean.",
+        ),
+        Mistake(
+            "n − 1 used twice",
+            lambda f: (f.mean(), f.std() / math.sqrt(len(f) - 1)),
+            "The n − 1 belongs to the estimate of σ, and `f.std()` has it already. What is the mean divided by?",
         ),
         Mistake(
             "sum for mean",

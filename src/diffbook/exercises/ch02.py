@@ -99,9 +99,19 @@ _SCORE = Exercise(
             "Differentiate 1/v once more: which power of v comes out?",
         ),
         Mistake(
-            "sign of one term",
+            "sign of the first term",
             lambda x, m, v: ((x - m).square() / v + 1) / (2 * v),
             "The logarithm of 1/√(2πv) falls as v grows.",
+        ),
+        Mistake(
+            "sign of the quadratic term",
+            lambda x, m, v: -((x - m).square() / v + 1) / (2 * v),
+            "Far from the mean a larger variance makes x more likely. Which sign has the derivative of -1/v?",
+        ),
+        Mistake(
+            "factor ½ of the logarithm lost",
+            lambda x, m, v: (x - m).square() / (2 * v.square()) - 1 / v,
+            "The density has 1/√(2πv) in front, with a root. What does the root become in the logarithm?",
         ),
     ],
 )
@@ -151,6 +161,26 @@ _JUMP = Exercise(
             _jump_shifted,
             "From s to t there are t - s steps. Is the one with α_s, from s - 1 to s, among them?",
         ),
+        Mistake(
+            "both ends shifted by one",
+            lambda s, t, c: _jump(s - 1, t - 1, c),
+            "You have the right number of steps. Which is the first that leads away from x_s, which the last?",
+        ),
+        Mistake(
+            "quotient of the variances",
+            lambda s, t, c: (_jump(s, t, c)[0], (1 - c.alpha_bar[t]) / (1 - c.alpha_bar[s])),
+            "The factors of the steps multiply, the variances of the noise do not. Write down two steps and see.",
+        ),
+        Mistake(
+            "one minus the factor",
+            lambda s, t, c: (_jump(s, t, c)[0], 1 - _jump(s, t, c)[0]),
+            "Data of variance 1 must keep variance 1. What does your factor do to a variance?",
+        ),
+        Mistake(
+            "factor and variance exchanged",
+            lambda s, t, c: _jump(s, t, c)[::-1],
+            "Both numbers are right. The question asks for the factor first.",
+        ),
     ],
     tolerance=1e-7,
 )
@@ -175,10 +205,17 @@ def _weights(eps: Tensor, schedule: NoiseSchedule, shift: int = 0) -> Tensor:
     return (schedule.alpha_bar[t] / passed * schedule.beta[1 : t + 1]).sqrt()
 
 
+def _weights_from_entry_0(eps: Tensor, schedule: NoiseSchedule) -> Tensor:
+    """The weights with ᾱ_{s-1} and β_{s-1} for ᾱ_s and β_s: ε_s paired with entry s - 1 of both tables."""
+    t = len(eps)
+    return (schedule.alpha_bar[t] / schedule.alpha_bar[:t] * schedule.beta[:t]).sqrt()
+
+
 _COMBINE = Exercise(
     key="2.4",
     oracle=_combine,
-    cases=[(_images(0, 1), _SCHEDULE), (_images(1, 7), _SCHEDULE), (_images(2, 300), _SCHEDULE)],
+    # the long case first: many wrong weights hardly differ from the right ones at t = 1
+    cases=[(_images(2, 300), _SCHEDULE), (_images(1, 7), _SCHEDULE), (_images(0, 1), _SCHEDULE)],
     mistakes=[
         Mistake(
             "not normalised",
@@ -204,6 +241,25 @@ _COMBINE = Exercise(
             "shifted by one",
             lambda e, c: _weighted(e, _weights(e, c, shift=1) / (1 - c.alpha_bar[len(e)]).sqrt()),
             "Which is the first step that shrinks ε_s: step s, which adds it, or step s + 1?",
+        ),
+        Mistake(
+            "tables read one entry too early",
+            lambda e, c: _weighted(e, _weights_from_entry_0(e, c) / (1 - c.alpha_bar[len(e)]).sqrt()),
+            "With a single step your function returns 0. Which entry of the tables belongs to eps[0]?",
+        ),
+        Mistake(
+            "shrunk by the wrong steps",
+            lambda e, c: _weighted(
+                e, (c.alpha_bar[1 : len(e) + 1] * c.beta[1 : len(e) + 1] / (1 - c.alpha_bar[len(e)])).sqrt()
+            ),
+            "You multiply ε_s by the factors of the steps up to s. Which steps does it go through?",
+        ),
+        Mistake(
+            "shrunk by all steps",
+            lambda e, c: _weighted(
+                e, (c.alpha_bar[len(e)] * c.beta[1 : len(e) + 1] / (1 - c.alpha_bar[len(e)])).sqrt()
+            ),
+            "Only x_0 goes through all t steps. When does ε_s come in?",
         ),
         Mistake(
             "all steps weighted equally",
@@ -251,6 +307,16 @@ _ESTIMATE = Exercise(
             "noise added",
             lambda x, e, t, c: _estimate(x, e, t, c, lambda a: -(1 - a).sqrt(), lambda a: a.sqrt()),
             "x_t holds the noise already. Solving for x_0 takes it to the other side.",
+        ),
+        Mistake(
+            "root at the wrong place",
+            lambda x, e, t, c: _estimate(x, e, t, c, lambda a: 1 - a.sqrt(), lambda a: a.sqrt()),
+            "The noise in x_t has variance 1 - ᾱ_t. Is the square of your factor of ε that?",
+        ),
+        Mistake(
+            "not divided",
+            lambda x, e, t, c: _estimate(x, e, t, c, lambda a: (1 - a).sqrt(), torch.ones_like),
+            "Without its noise, x_t is still paler than x_0.",
         ),
         Mistake(
             "divided too early",

@@ -71,9 +71,7 @@ class Result:
 
 def exercises() -> dict[str, Exercise]:
     """All exercises of the book by key, from the ``EXERCISES`` lists of the modules ``ch00``, ``ch01``, …"""
-    names = sorted(
-        m.name for m in pkgutil.iter_modules(diffbook.exercises.__path__) if m.name.startswith("ch")
-    )
+    names = sorted(m.name for m in pkgutil.iter_modules(diffbook.exercises.__path__) if m.name.startswith("ch"))
     found = [e for n in names for e in importlib.import_module(f"diffbook.exercises.{n}").EXERCISES]
     return {e.key: e for e in found}
 
@@ -101,26 +99,30 @@ def diagnose(key: str, answer: Any) -> Result:
         return Result(key, "no answer", "no answer yet. Replace the dots in the cell above and run it again.")
     if callable(exercise.oracle) and not callable(answer):
         return Result(key, "not a function", f"pass the function itself, not {type(answer).__name__}.")
-    expected = [_call(exercise.oracle, case) for case in exercise.cases]
+    expected = [_parts(_call(exercise.oracle, case)) for case in exercise.cases]
     given = []
-    for case in exercise.cases:
+    for case, right in zip(exercise.cases, expected, strict=True):
         try:
             value = _call(answer, case)
         except Exception as error:  # whatever the learner's code raises is told, not thrown
             return Result(key, "error", f"your code raised {type(error).__name__}: {error}")
         if _is_blank(value):
-            return Result(
-                key, "no answer", "no answer yet: the function returned nothing. Did you forget `return`?"
-            )
-        given.append(value)
-    for right, value in zip(expected, given, strict=True):
-        problem = _form_problem(right, value)
+            return Result(key, "no answer", "no answer yet: the function returned nothing. Did you forget `return`?")
+        try:
+            given.append(_parts(value, len(right)))
+        except (TypeError, ValueError, RuntimeError):
+            kind = type(value).__name__
+            return Result(key, "not a number", f"not yet: the answer should hold numbers, got {kind}.")
+        problem = _form_problem(right, given[-1])
         if problem:
             return Result(key, *problem)
     if _equal(expected, given, exercise.tolerance):
         return Result(key, "correct", "correct.")
     for mistake in exercise.mistakes:
-        wrong = [_call(mistake.answer, case) for case in exercise.cases]
+        wrong = [
+            _parts(_call(mistake.answer, case), len(right))
+            for case, right in zip(exercise.cases, expected, strict=True)
+        ]
         if _equal(wrong, given, exercise.tolerance):
             return Result(key, mistake.kind, f"not yet: {mistake.kind}. {mistake.advice}")
     return Result(key, *_general_problem(exercise, expected, given))
@@ -134,43 +136,43 @@ def _call(answer: Any, case: tuple[Any, ...]) -> Any:
 
 
 def _is_blank(value: Any) -> bool:
-    return value is None or value is Ellipsis
+    return value is None or value is Ellipsis or (isinstance(value, tuple | list) and any(v is Ellipsis for v in value))
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    """The numbers in a result: a number, a tensor, or a tuple of these."""
-    parts = value if isinstance(value, tuple | list) else [value]
-    return [torch.as_tensor(p).detach().to(torch.float64) for p in parts]
+def _parts(value: Any, count: int | None = None) -> list[Tensor]:
+    """A result as a list of tensors: one for a number, a tensor or a list of numbers, several for a tuple.
+
+    Where ``count`` results are expected and count > 1, a list holds the results as a tuple does.
+    """
+    several = isinstance(value, tuple) or (isinstance(value, list) and count is not None and count > 1)
+    return [torch.as_tensor(p).detach().to(torch.float64) for p in (value if several else [value])]
 
 
-def _form_problem(right: Any, value: Any) -> tuple[str, str] | None:
-    """Wrong number of results, not numbers, or wrong shapes; shapes are compared up to broadcasting by ones."""
-    try:
-        given = _tensors(value)
-    except (TypeError, ValueError, RuntimeError):
-        return "not a number", f"not yet: the answer should hold numbers, got {type(value).__name__}."
-    expected = _tensors(right)
-    if len(given) != len(expected):
-        return "wrong number of results", f"not yet: {len(expected)} result(s) expected, got {len(given)}."
-    for e, g in zip(expected, given, strict=True):
+def _form_problem(right: list[Tensor], given: list[Tensor]) -> tuple[str, str] | None:
+    """Wrong number of results, or wrong shapes; shapes are compared up to ones."""
+    if len(given) != len(right):
+        return "wrong number of results", f"not yet: {len(right)} result(s) expected, got {len(given)}."
+    for e, g in zip(right, given, strict=True):
         if g.squeeze().shape != e.squeeze().shape:
             return "wrong shape", f"not yet: expected shape {tuple(e.shape)}, got {tuple(g.shape)}."
     return None
 
 
-def _equal(expected: list[Any], given: list[Any], tolerance: float) -> bool:
-    for e, g in zip(map(_tensors, expected), map(_tensors, given), strict=True):
-        for a, b in zip(e, g, strict=True):
-            a, b = a.squeeze(), b.squeeze()
-            if a.shape != b.shape:
-                return False
-            scale = float(a.abs().max()) if a.numel() else 0.0
-            if not torch.allclose(a, b, rtol=0, atol=tolerance * max(scale, 1e-12), equal_nan=False):
-                return False
+def _equal(expected: list[list[Tensor]], given: list[list[Tensor]], tolerance: float) -> bool:
+    """Whether all parts of all cases agree, relative to the largest number of each part."""
+    for e, g in zip(expected, given, strict=True):
+        if len(e) != len(g) or not all(_close(a, b, tolerance) for a, b in zip(e, g, strict=True)):
+            return False
     return True
 
 
-def _general_problem(exercise: Exercise, expected: list[Any], given: list[Any]) -> tuple[str, str]:
+def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    a, b = a.squeeze(), b.squeeze()
+    scale = float(a.abs().max()) if a.numel() else 0.0
+    return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=tolerance * max(scale, 1e-12))
+
+
+def _general_problem(exercise: Exercise, expected: list[list[Tensor]], given: list[list[Tensor]]) -> tuple[str, str]:
     """Slips that can be recognised in any exercise, then the first case that is off."""
     general: list[tuple[str, str, Callable[[Tensor], Tensor]]] = [
         ("wrong sign", "The size is right, the sign is not.", lambda e: -e),
@@ -179,29 +181,30 @@ def _general_problem(exercise: Exercise, expected: list[Any], given: list[Any]) 
         ("upside down", "Your result is one over the right one.", lambda e: 1 / e),
     ]
     for kind, advice, slip in general:
-        if _equal([[slip(p) for p in _tensors(e)] for e in expected], given, exercise.tolerance):
+        if _equal([[slip(part) for part in parts] for parts in expected], given, exercise.tolerance):
             return kind, f"not yet: {kind}. {advice}"
-    factors = [g / e for e, g in zip(_flat(expected), _flat(given), strict=True)]
-    factor = torch.cat(factors)[torch.cat(_flat(expected)).abs() > 1e-9]
+    flat_expected, flat_given = (torch.cat([p.flatten() for parts in r for p in parts]) for r in (expected, given))
+    factor = (flat_given / flat_expected)[flat_expected.abs() > 1e-9]
     if len(factor) > 1 and factor.isfinite().all() and float(factor.std()) < 1e-5 * abs(float(factor.mean())):
-        return (
-            "constant factor",
-            f"not yet: your result is {float(factor.mean()):.3g} times the right one, everywhere.",
-        )
-    for case, e, g in zip(exercise.cases, _flat(expected), _flat(given), strict=True):
-        if not g.isfinite().all():
-            return "not finite", f"not yet: the result holds NaN or infinity{_for_case(case)}."
-        off = int((e - g).abs().argmax())
-        if not _equal([e], [g], exercise.tolerance):
-            return (
-                "wrong value",
-                f"not yet: got {g[off].item():.4g}, expected {e[off].item():.4g}{_for_case(case)}.",
-            )
+        times = f"{float(factor.mean()):.3g}"
+        return "constant factor", f"not yet: your result is {times} times the right one, everywhere."
+    for case, right, value in zip(exercise.cases, expected, given, strict=True):
+        for e, g in zip(right, value, strict=True):
+            if not g.isfinite().all():
+                return "not finite", f"not yet: the result holds NaN or infinity{_for_case(case)}."
+            if not _close(e, g, exercise.tolerance):
+                return "wrong value", f"not yet: {_difference(exercise, e.flatten(), g.flatten())}{_for_case(case)}."
     raise AssertionError("unreachable: the results differ in some case")
 
 
-def _flat(results: list[Any]) -> list[Tensor]:
-    return [torch.cat([p.flatten() for p in _tensors(r)]) for r in results]
+def _difference(exercise: Exercise, e: Tensor, g: Tensor) -> str:
+    """Where a result is off the most; what is expected is told for functions only: a value is the whole answer."""
+    off = int((e - g).abs().argmax())
+    got, right = g[off].item(), e[off].item()
+    if not callable(exercise.oracle):
+        return f"{got:.4g} is not the value"
+    digits = 4 if f"{got:.4g}" != f"{right:.4g}" else 9
+    return f"got {got:.{digits}g}, expected {right:.{digits}g}"
 
 
 def _for_case(case: tuple[Any, ...]) -> str:
