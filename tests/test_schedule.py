@@ -114,7 +114,7 @@ def test_refuses_beta_outside_0_1(beta):
         (cosine_schedule, {"max_beta": 1.0}),
         (cosine_schedule, {"s": float("nan")}),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_refuses_bad_arguments_and_names_them(make, arguments):
     with pytest.raises(ValueError, match=str(next(iter(arguments.values()))).replace("+", r"\+")):
