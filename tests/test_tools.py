@@ -307,11 +307,11 @@ def test_an_unknown_step_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_missing_browser_is_told(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     pages = checks.Step("pages", "nothing", ((sys.executable, "-c", ""),))
     monkeypatch.delenv("CI", raising=False)
-    monkeypatch.setattr(checks, "browser", lambda: None)
+    monkeypatch.setattr(checks.browser, "find", lambda: None)
     assert checks.main([], [pages]) == 0
     out = capfd.readouterr().out
     assert "NOT CHECKED" in out and "make browser" in out
-    monkeypatch.setattr(checks, "browser", lambda: "/usr/bin/chromium")
+    monkeypatch.setattr(checks.browser, "find", lambda: "/usr/bin/chromium")
     assert checks.main([], [pages]) == 0
     assert "NOT CHECKED" not in capfd.readouterr().out
 

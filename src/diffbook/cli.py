@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import diffbook
-from diffbook.data import IMAGE_SETS, TOY_SETS
+from diffbook.classifier import Classifier
+from diffbook.data import IMAGE_SETS, TOY_SETS, cache_folder
+from diffbook.evaluation import accuracy, draw_images, frechet_distance, image_features
+from diffbook.recipes import RECIPES, Diffusion, find_recipe
+from diffbook.training import read_log, train
+from diffbook.weights import checkpoints, load_model, read_tensors, source_of, write_atomically, write_tensors
+
+GRID_EVERY = 50_000  # images between two grids of samples
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,8 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"diffbook: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("diffbook: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"diffbook: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         return 130
     if options.json:
         print(json.dumps(result))
@@ -58,6 +69,157 @@ def data(options: argparse.Namespace) -> dict[str, object]:
     }
 
 
+def recipes(options: argparse.Namespace) -> dict[str, object]:
+    """List the recipes, or describe one."""
+    if options.name is None:
+        return {name: recipe.about for name, recipe in RECIPES.items()}
+    recipe = find_recipe(options.name)
+    parameters = sum(parameter.numel() for parameter in recipe.build().parameters())
+    return recipe.to_json() | {"parameters": parameters}
+
+
+def train_model(options: argparse.Namespace) -> dict[str, object]:
+    """Train by a recipe, or go on with a run; show progress, and draw samples as it goes."""
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    recipe = replace(find_recipe(options.name), seed=options.seed)
+    if options.images is not None:
+        if options.images < 1:
+            raise ValueError(f"--images must be at least 1, got {options.images}")
+        recipe = replace(recipe, images=options.images)
+    folder = options.folder or cache_folder() / "runs" / recipe.name
+    done = [int(path.stem.removeprefix("checkpoint-")) for path in checkpoints(folder)]
+    device = _device(options.device)
+    stopped: list[int] = []
+    handlers = {s: signal.signal(s, lambda number, _: stopped.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    steps = train(recipe, folder, device, save_every=options.save_every)
+    bar = tqdm(
+        total=recipe.images,
+        initial=max(done, default=0),  # what was done in earlier sittings is no speed of this one
+        unit=" images",
+        unit_scale=True,
+        mininterval=1 if sys.stderr.isatty() else 30,
+    )
+    try:
+        with bar:
+            for step in steps:
+                bar.update(min(step.images, recipe.images) - bar.n)
+                bar.set_postfix(loss=f"{step.loss:.4f}", refresh=False)
+                last = step.images >= recipe.images
+                crossed = step.images // GRID_EVERY > (step.images - recipe.batch) // GRID_EVERY
+                if isinstance(recipe, Diffusion) and (crossed or last):
+                    y = torch.arange(80) % recipe.options["classes"]
+                    x = torch.cat(list(draw_images(step.averaged, recipe, y)))
+                    save_grid(x, folder / f"samples-{step.images:012d}.png", 10)
+                if stopped:
+                    break
+    finally:
+        steps.close()  # saves
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if stopped:
+        raise KeyboardInterrupt(f"stopped and saved after {step.images} images; the same command goes on from there")
+    lines = read_log(folder / "log.jsonl")
+    return {"name": recipe.name, "folder": str(folder)} | lines[-1]
+
+
+def sample(options: argparse.Namespace) -> dict[str, object]:
+    """Draw images and write them as one PNG."""
+    network, recipe = _diffusion(options)
+    K = recipe.options["classes"]
+    if options.label is not None and not 0 <= options.label <= K:
+        raise ValueError(f"--label must lie in 0…{K} ({K} for no class), got {options.label}")
+    _check_counts(options)
+    y = torch.arange(options.number) % K if options.label is None else torch.full((options.number,), options.label)
+    x = _draw(network, recipe, y, options)
+    path = options.to or Path(f"{recipe.name}.png")
+    save_grid(x, path, min(K, options.number))
+    drawn = {"name": recipe.name, "images": len(x), "file": str(path)}
+    return drawn | {"steps": options.steps, "guidance": options.guidance, "seed": options.seed}
+
+
+def evaluate(options: argparse.Namespace) -> dict[str, object]:
+    """Measure a classifier's accuracy, or a diffusion model's Fréchet distance to the test set."""
+    device = _device(options.device)
+    network, recipe = load_model(options.name, device)
+    test = IMAGE_SETS[recipe.data]("test")
+    result: dict[str, object]
+    if isinstance(network, Classifier):
+        result = {"accuracy": round(accuracy(network, test), 4), "images": len(test)}
+    else:
+        network, recipe = _diffusion(options)
+        _check_counts(options)
+        classifier, _ = load_model(options.classifier, device)
+        if not isinstance(classifier, Classifier):
+            raise ValueError(f"{options.classifier} is no classifier")
+        x = _draw(network, recipe, torch.arange(options.number) % recipe.options["classes"], options)
+        distance = frechet_distance(image_features(classifier, x), image_features(classifier, test.x()))
+        result = {
+            "frechet_distance": round(distance, 4),
+            "classifier": options.classifier,
+            "images": options.number,
+            "reference": f"{recipe.data}, test, {len(test)} images",
+            "sampler": "DDIM",
+            "steps": options.steps,
+            "guidance": options.guidance,
+            "seed": options.seed,
+        }
+    return {"name": options.name} | result
+
+
+def export(options: argparse.Namespace) -> dict[str, object]:
+    """Write a run's averaged weights in half precision, with a model card beside them."""
+    source = source_of(options.name)
+    network, recipe = load_model(source)
+    _, about = read_tensors(source)
+    log = source.parent / "log.jsonl"
+    curve = [[line["images"], line["loss"]] for line in read_log(log)] if log.exists() else []
+    thin = max(len(curve) // 100, 1)
+    known = ("recipe", "images", "seconds", "cpu_seconds", "device", "torch")
+    card: dict[str, object] = {key: about[key] for key in known if key in about}
+    card |= {"parameters": sum(p.numel() for p in network.parameters()), "precision": "float16", "licence": "MIT"}
+    card |= {"curve": {"columns": ["images", "loss"], "rows": curve[::-thin][::-1]}}
+    if options.quality:
+        card["quality"] = [json.loads(path.read_text(encoding="utf-8")) for path in options.quality]
+    options.to.mkdir(parents=True, exist_ok=True)
+    path = options.to / f"{recipe.name}.safetensors"
+    write_tensors(path, {k: v.half() for k, v in network.state_dict().items()}, {"recipe": recipe.to_json()})
+    write_atomically(path.with_suffix(".json"), (json.dumps(card, indent=1, sort_keys=True) + "\n").encode())
+    return {"name": recipe.name, "file": str(path), "bytes": path.stat().st_size}
+
+
+def save_grid(x: Tensor, path: Path, columns: int) -> None:
+    """Images in [-1, 1], shape ``(N, C, H, W)``, as one PNG."""
+    from torchvision.utils import save_image
+
+    save_image((x.float().cpu().clamp(-1, 1) + 1) / 2, path, nrow=columns, padding=1)
+
+
+def _draw(network: torch.nn.Module, recipe: Diffusion, y: Tensor, options: argparse.Namespace) -> Tensor:
+    """Images of the classes ``y``, on the CPU, with a progress bar."""
+    from tqdm import tqdm
+
+    parts = []
+    with tqdm(total=len(y), unit=" images", disable=None if not options.json else True) as bar:
+        for x in draw_images(network, recipe, y, options.steps, options.guidance, options.seed):
+            parts.append(x.cpu())
+            bar.update(len(x))
+    return torch.cat(parts)
+
+
+def _diffusion(options: argparse.Namespace) -> tuple[torch.nn.Module, Diffusion]:
+    network, recipe = load_model(options.name, _device(options.device))
+    if not isinstance(recipe, Diffusion):
+        raise ValueError(f"{options.name} is no diffusion model: it was trained by the recipe {recipe.name!r}")
+    return network, recipe
+
+
+def _check_counts(options: argparse.Namespace) -> None:
+    for name in ("number", "steps"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(options, name)}")
+
+
 def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
@@ -82,6 +244,40 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("name", metavar="NAME", help=f"one of {', '.join([*IMAGE_SETS, *TOY_SETS])}")
     p.add_argument("--split", default="train", help="train or test (default: train)")
     p.set_defaults(command=data)
+
+    p = commands.add_parser("recipes", parents=[common], help="list what can be trained, or describe one recipe")
+    p.add_argument("name", metavar="NAME", nargs="?", help="the recipe to describe, with its number of parameters")
+    p.set_defaults(command=recipes)
+
+    p = commands.add_parser("train", parents=[common], help="train by a recipe; repeated, it goes on where it stopped")
+    p.add_argument("name", metavar="NAME", help=f"one of {', '.join(RECIPES)}")
+    p.add_argument("--folder", type=Path, help="where checkpoints, log and samples go (default: in the cache)")
+    p.add_argument("--images", type=int, help="train on so many images instead of the recipe's number")
+    p.add_argument("--save-every", type=float, default=60.0, help="seconds between checkpoints (default: 60)")
+    p.set_defaults(command=train_model)
+
+    model = "a model that comes with the package, a file, or the folder of a run"
+    drawing = argparse.ArgumentParser(add_help=False)
+    drawing.add_argument("name", metavar="NAME", help=model)
+    drawing.add_argument("--steps", type=int, default=20, help="steps of the sampler (default: 20)")
+    drawing.add_argument("--guidance", type=float, default=1.0, help="weight w; 1 is plain conditional (default: 1)")
+
+    p = commands.add_parser("sample", parents=[common, drawing], help="draw images")
+    p.add_argument("--number", type=int, default=80, help="how many images (default: 80)")
+    p.add_argument("--label", type=int, help="a class for all of them (default: all classes in turn)")
+    p.add_argument("--to", type=Path, help="the PNG to write (default: NAME.png)")
+    p.set_defaults(command=sample)
+
+    p = commands.add_parser("evaluate", parents=[common, drawing], help="measure how good a model is")
+    p.add_argument("--number", type=int, default=10_000, help="how many images to draw (default: 10000)")
+    p.add_argument("--classifier", default="fashion-classifier", help="whose features are compared")
+    p.set_defaults(command=evaluate)
+
+    p = commands.add_parser("export", parents=[common], help="write a run's weights in float16, with a model card")
+    p.add_argument("name", metavar="NAME", help=model)
+    p.add_argument("--to", type=Path, required=True, help="the folder to write to")
+    p.add_argument("--quality", type=Path, nargs="*", help="results of evaluate --json to put into the card")
+    p.set_defaults(command=export)
     return parser
 
 

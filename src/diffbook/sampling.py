@@ -9,7 +9,7 @@ Coefficients are float64 numbers; the data keeps its own dtype.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from itertools import pairwise
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffbook.diffusion import Denoiser
+from diffbook.diffusion import Denoiser, eps_from_v, eps_from_x0
 from diffbook.schedule import NoiseSchedule
 
 Noise = Tensor | Sequence[Tensor]
@@ -212,3 +212,55 @@ def _last(steps: Iterator[SamplingStep]) -> Tensor:
     for step in steps:
         x = step.x
     return x
+
+
+def as_eps(model: Denoiser, schedule: NoiseSchedule, predicts: str = "v") -> Denoiser:
+    """Turn a model of v, x_0 or ε into a denoiser, ``model(x_t, t) -> eps``, which samplers take.
+
+    Args:
+        model: called as ``model(x_t, t)``; a network with conditions is bound to them by :func:`guided` first.
+        predicts: what it returns, ``"v"``, ``"x_0"`` or ``"eps"``.
+
+    Raises:
+        ValueError: ``predicts`` is none of the three.
+
+    Source: Salimans & Ho (2022), section 4 and appendix D.
+    """
+    if predicts == "v":
+        return lambda x_t, t: eps_from_v(x_t, model(x_t, t).to(x_t.dtype), t, schedule)
+    if predicts == "x_0":
+        return lambda x_t, t: eps_from_x0(x_t, model(x_t, t).to(x_t.dtype), t, schedule)
+    if predicts == "eps":
+        return model
+    raise ValueError(f'predicts must be "v", "x_0" or "eps", got {predicts!r}')
+
+
+def guided(model: Callable[..., Tensor], y: Tensor, w: float = 1.0, null: int | None = None) -> Denoiser:
+    """Bind classes to a conditional network, with classifier-free guidance: u + w (c - u).
+
+    Here c is the output for the classes ``y`` and u the output for the null class. w = 1 is plain conditional
+    (one network call), w = 0 ignores the classes, w > 1 exaggerates them. The combination is the same for
+    networks of ε, v and x_0, because the weights 1 - w and w add up to 1.
+
+    Args:
+        model: called as ``model(x_t, t, y)``.
+        y: the classes, int64, shape ``(B,)``.
+        null: the null class; by default ``model.classes``, the number of classes.
+
+    Source: Ho & Salimans (2022), whose weight is w - 1.
+
+    Raises:
+        ValueError: the null class is needed and not known.
+    """
+    if w == 1:
+        return lambda x_t, t: model(x_t, t, y)
+    nothing = getattr(model, "classes", None) if null is None else null
+    if nothing is None:
+        raise ValueError(f"guidance with w = {w} needs the null class: pass null=")
+
+    def denoiser(x_t: Tensor, t: Tensor) -> Tensor:
+        labels = torch.cat([y, torch.full_like(y, nothing)])
+        c, u = model(torch.cat([x_t, x_t]), torch.cat([t, t]), labels).chunk(2)
+        return u + w * (c - u)
+
+    return denoiser

@@ -1,0 +1,226 @@
+"""What is trained: one named recipe a model.
+
+A recipe is a frozen dataclass that can be written as JSON. It says everything on which the result depends, and
+nothing about where or how a run is kept. All progress is counted in images seen; learning rate and EMA decay are
+pure functions of it, so a run that is resumed goes on as if it had never stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffbook.classifier import Classifier
+from diffbook.diffusion import q_sample, v_target
+from diffbook.schedule import NoiseSchedule, cosine_schedule, linear_schedule
+from diffbook.unet import LiteUNet, UNet
+
+NETWORKS: dict[str, Callable[..., nn.Module]] = {"UNet": UNet, "LiteUNet": LiteUNet, "Classifier": Classifier}
+SCHEDULES = {"linear": linear_schedule, "cosine": cosine_schedule}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What all recipes have in common.
+
+    Attributes:
+        network, options: a name in ``NETWORKS`` and its arguments.
+        data: a name in ``diffbook.data.IMAGE_SETS``.
+        images: how many images training sees; batches are whole, so the last one may go beyond.
+        lr, warmup: the highest learning rate of AdamW, and after how many images it is reached.
+        clip: bound on the norm of the gradient.
+        ema: highest decay of the moving average of the weights.
+        autocast: compute the network in bfloat16, compile: with ``torch.compile``; both on a GPU only.
+    """
+
+    name: str
+    about: str
+    network: str
+    options: dict[str, Any]
+    images: int
+    batch: int
+    lr: float
+    data: str = "fashion-mnist"
+    warmup: int = 0
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    ema: float = 0.999
+    seed: int = 0
+    autocast: bool = False
+    compile: bool = False
+
+    def build(self) -> nn.Module:
+        """The network with its first weights, which depend on the seed alone."""
+        with torch.random.fork_rng(devices=[]):
+            torch.random.default_generator.manual_seed(self.seed)
+            return NETWORKS[self.network](**self.options)
+
+    def loss(self, network: nn.Module, x_0: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
+        """The loss of a batch, a scalar; everything random comes from the generator, on the device of ``x_0``."""
+        raise TypeError(f"{type(self).__name__} has no loss")
+
+    def learning_rate(self, images: int) -> float:
+        """Linear warm-up, then half a cosine down to 0 at the end of the budget."""
+        if images < self.warmup:
+            return self.lr * (images + self.batch) / (self.warmup + self.batch)
+        done = min((images - self.warmup) / max(self.images - self.warmup, 1), 1.0)
+        return self.lr * 0.5 * (1 + math.cos(math.pi * done))
+
+    def ema_decay(self, images: int) -> float:
+        """min(ema, (1 + n) / (10 + n)) after n = images / batch steps: early weights are soon forgotten."""
+        n = images / self.batch
+        return min(self.ema, (1 + n) / (10 + n))
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields, and the kind of recipe, as JSON can hold them."""
+        return {"kind": type(self).__name__} | asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diffusion(Recipe):
+    """A class-conditional diffusion model of images.
+
+    Attributes:
+        size: height and width of the images.
+        schedule, T: the noise schedule, ``"linear"`` or ``"cosine"``, and its number of steps.
+        predicts: what the network is trained to return: ``"v"``, ``"x_0"`` or ``"eps"``.
+        label_drop: the share of labels that is replaced by the null class.
+    """
+
+    size: int = 28
+    schedule: str = "cosine"
+    T: int = 1000
+    predicts: str = "v"
+    label_drop: float = 0.1
+
+    def noise_schedule(self) -> NoiseSchedule:
+        """The schedule as a table."""
+        return _schedule(self.schedule, self.T)
+
+    def loss(self, network: nn.Module, x_0: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
+        """Algorithm 1 of Ho et al. (2020), with stratified times: the mean squared error of what is predicted.
+
+        The i-th of B images has its time in the i-th of B equal parts of 1…T. Batches are shuffled, so each
+        image still sees every time equally often, but the loss varies less (Kingma et al. 2021).
+        """
+        B, device = len(x_0), x_0.device
+        u = (torch.arange(B, device=device) + torch.rand(B, generator=generator, device=device)) / B
+        t = 1 + (u * self.T).long().clamp(max=self.T - 1)
+        eps = torch.randn(x_0.shape, generator=generator, device=device)
+        dropped = torch.rand(B, generator=generator, device=device) < self.label_drop
+        y = torch.where(dropped, self.options["classes"], y)
+        schedule = self.noise_schedule()
+        target = {"v": v_target(x_0, eps, t, schedule), "x_0": x_0, "eps": eps}[self.predicts]
+        return F.mse_loss(network(q_sample(x_0, eps, t, schedule), t, y), target)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classification(Recipe):
+    """A classifier: cross-entropy, with labels smoothed by 0.1."""
+
+    def loss(self, network: nn.Module, x_0: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
+        return F.cross_entropy(network(x_0), y, label_smoothing=0.1)
+
+
+def recipe_from_json(stored: dict[str, Any]) -> Recipe:
+    """The recipe that :meth:`Recipe.to_json` wrote; fields that did not exist then get their defaults.
+
+    Raises:
+        ValueError: an unknown kind of recipe, or an unknown or missing field.
+    """
+    kinds: dict[str, type[Recipe]] = {"Diffusion": Diffusion, "Classification": Classification}
+    values = dict(stored)
+    kind = values.pop("kind", None)
+    if kind not in kinds:
+        raise ValueError(f"unknown kind of recipe {kind!r}")
+    try:
+        return kinds[kind](**values)
+    except TypeError as error:
+        raise ValueError(f"not a recipe of this version of diffbook: {error}") from error
+
+
+def find_recipe(name: str) -> Recipe:
+    """The recipe of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in RECIPES:
+        raise ValueError(f"unknown recipe {name!r}; there are {', '.join(RECIPES)}")
+    return RECIPES[name]
+
+
+def stream(seed: int, purpose: str, number: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator whose random numbers depend on these arguments alone."""
+    key = hashlib.sha256(f"{seed} {purpose} {number}".encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(key[:7], "big"))
+
+
+@cache
+def _schedule(name: str, T: int) -> NoiseSchedule:
+    return SCHEDULES[name](T)
+
+
+_ALL: list[Recipe] = [
+    Diffusion(
+        name="fashion-cpu",
+        about="Fashion-MNIST on a laptop: an hour on two cores",
+        network="LiteUNet",
+        options={"channels": 1, "widths": [48, 96], "blocks": 1, "attention": [1], "patch": 2, "classes": 10},
+        images=1_200_000,
+        batch=32,
+        lr=1e-3,
+        warmup=10_000,
+        ema=0.9995,
+    ),
+    Diffusion(
+        name="fashion-gpu",
+        about="Fashion-MNIST on a GPU: the U-Net of Ho et al. (2020) at a fifth of its size",
+        network="UNet",
+        options={
+            "channels": 1,
+            "widths": [64, 128, 128],
+            "blocks": 2,
+            "attention": [1, 2],
+            "classes": 10,
+            "dropout": 0.1,
+        },
+        images=4_000_000,
+        batch=512,
+        lr=1e-3,
+        warmup=100_000,
+        ema=0.999,
+        autocast=True,
+        compile=True,
+    ),
+    Diffusion(
+        name="fashion-smoke",
+        about="seconds on a CPU: shows that everything works, not that it learns",
+        network="LiteUNet",
+        options={"channels": 1, "widths": [8, 16], "blocks": 1, "attention": [1], "patch": 2, "classes": 10},
+        data="fashion-subset",
+        images=1_280,
+        batch=32,
+        lr=2e-3,
+    ),
+    Classification(
+        name="fashion-classifier",
+        about="the classifier in whose features Fréchet distances are measured",
+        network="Classifier",
+        options={"channels": 1, "size": 28, "width": 32, "features": 128, "classes": 10},
+        images=480_000,
+        batch=64,
+        lr=2e-3,
+        warmup=10_000,
+        weight_decay=0.05,
+    ),
+]
+RECIPES = {recipe.name: recipe for recipe in _ALL}

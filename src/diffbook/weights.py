@@ -1,0 +1,155 @@
+"""Tensors in files: safetensors with a JSON description in their metadata, written so that nothing is ever lost.
+
+A file is either there in full or not at all, and carries a checksum of its content. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from diffbook.recipes import Recipe, recipe_from_json
+
+
+class WeightsError(ValueError):
+    """A file of weights is damaged or foreign; the message says what to do."""
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that at any moment, power cuts included, the old or the new content is there in full.
+
+    Raises:
+        OSError: it could not be written, for example on a full disk. What was there before is untouched.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        reason = f"could not write ({error.strerror}); what was there before is intact"
+        raise OSError(error.errno, reason, str(path)) from error
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+    """Write tensors with a description, atomically.
+
+    Raises:
+        OSError: see :func:`write_atomically`.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {"diffbook": json.dumps(about), "sha256": _digest(tensors)}
+    write_atomically(path, safetensors.torch.save(tensors, metadata))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and description of a file that :func:`write_tensors` wrote.
+
+    Raises:
+        OSError: there is no such file.
+        WeightsError: it is damaged, or was written by another program.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
+    except SafetensorError as error:
+        raise WeightsError(f"{path} is damaged or no safetensors file ({error}); delete it") from error
+    if "diffbook" not in metadata:
+        raise WeightsError(f"{path} was not written by diffbook; move it elsewhere")
+    if _digest(tensors) != metadata.get("sha256"):
+        raise WeightsError(f"{path} is damaged (wrong checksum); delete it")
+    return tensors, json.loads(metadata["diffbook"])
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    return sorted(folder.glob(f"checkpoint-{12 * '[0-9]'}.safetensors"))
+
+
+def load_model(name: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Module, Recipe]:
+    """A trained network in evaluation mode, float32, and its recipe.
+
+    Args:
+        name: a model that comes with the package, for example ``"fashion-cpu"``; or a file that ``diffbook export``
+            wrote; or a checkpoint, or the folder of a run, of which the averaged weights are taken.
+
+    Raises:
+        ValueError: there is nothing of that name; or the file is damaged or foreign (:class:`WeightsError`).
+    """
+    tensors, about = read_tensors(source_of(name))
+    if any(key.startswith("ema.") for key in tensors):
+        tensors = {key.removeprefix("ema."): value for key, value in tensors.items() if key.startswith("ema.")}
+    recipe = recipe_from_json(about["recipe"])
+    network = recipe.build()
+    fill(network, tensors, str(name))
+    return network.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False), recipe
+
+
+def fill(network: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
+    """Copy tensors into a network's parameters, in the network's precision.
+
+    Raises:
+        WeightsError: names or shapes do not fit.
+    """
+    own = network.state_dict()
+    if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in tensors.items()}:
+        raise WeightsError(f"{source} does not fit the network of its recipe in this version of diffbook")
+    network.load_state_dict(tensors)
+
+
+def source_of(name: str | Path) -> Path:
+    """The file that :func:`load_model` would read.
+
+    Raises:
+        ValueError: there is none.
+    """
+    path = Path(name)
+    if path.is_dir():
+        found = checkpoints(path)
+        if not found:
+            raise ValueError(f"there is no checkpoint in {path}")
+        return found[-1]
+    if path.is_file():
+        return path
+    with _shipped() as folder:
+        shipped = {file.stem: file for file in sorted(folder.glob("*.safetensors"))}
+    if str(name) not in shipped:
+        raise ValueError(f"{name} is no file or folder, and no model of the package: {', '.join(shipped) or 'none'}")
+    return shipped[str(name)]
+
+
+@contextlib.contextmanager
+def _shipped() -> Iterator[Path]:
+    with resources.as_file(resources.files("diffbook") / "assets" / "weights") as folder:
+        yield folder
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of names, types, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

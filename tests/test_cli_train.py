@@ -1,0 +1,137 @@
+"""train, sample, evaluate, export and recipes, as a user calls them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from PIL import Image
+
+from diffbook.classifier import Classifier
+from diffbook.cli import main
+from diffbook.recipes import RECIPES
+from diffbook.weights import checkpoints, load_model, read_tensors, write_tensors
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """The folder of a short finished run."""
+    folder = tmp_path_factory.mktemp("run")
+    assert main(["train", "fashion-smoke", "--folder", str(folder), "--images", "96"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    """A classifier's file, with its first weights."""
+    path = tmp_path_factory.mktemp("classifier") / "c.safetensors"
+    recipe = RECIPES["fashion-classifier"]
+    recipe = recipe.to_json() | {"data": "fashion-subset"}
+    torch.manual_seed(0)
+    write_tensors(path, Classifier().state_dict(), {"recipe": recipe})
+    return path
+
+
+def as_json(capsys, *arguments):
+    assert main([*arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_train_writes_checkpoint_log_and_samples(run_folder, capsys):
+    names = {p.name for p in run_folder.iterdir()}
+    assert {"checkpoint-000000000096.safetensors", "log.jsonl", "samples-000000000096.png"} <= names
+    with Image.open(run_folder / "samples-000000000096.png") as picture:
+        assert picture.size == (10 * 29 + 1, 8 * 29 + 1)
+    result = as_json(capsys, "train", "fashion-smoke", "--folder", str(run_folder), "--images", "96")
+    assert result["images"] == 96 and result["loss"] > 0  # repeated: finished already
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_first_and_the_same_command_goes_on(tmp_path, number, capsys):
+    arguments = ["train", "fashion-smoke", "--folder", str(tmp_path), "--save-every", "1e9"]
+    command = [sys.executable, "-m", "diffbook.cli", *arguments, "--images", "12800"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        while not (tmp_path / "log.jsonl").exists() and process.poll() is None:
+            time.sleep(0.05)
+        process.send_signal(number)
+        error = process.stderr.read()
+    assert process.returncode == 130 and "stopped and saved after" in error and "Traceback" not in error
+    done = int(checkpoints(tmp_path)[-1].stem.removeprefix("checkpoint-"))
+    assert f"after {done} images" in error and 1600 <= done < 12_800
+
+
+def test_sample(run_folder, tmp_path, capsys):
+    path = tmp_path / "s.png"
+    arguments = ["sample", str(run_folder), "--steps", "2", "--number", "12", "--guidance", "2", "--to", str(path)]
+    assert as_json(capsys, *arguments)["images"] == 12
+    first = path.read_bytes()
+    assert as_json(capsys, *arguments)["file"] == str(path) and path.read_bytes() == first
+    as_json(capsys, *arguments, "--seed", "1")
+    assert path.read_bytes() != first
+    as_json(capsys, *arguments, "--label", "10")
+    with Image.open(path) as picture:
+        assert picture.size == (10 * 29 + 1, 2 * 29 + 1)
+
+
+def test_evaluate(run_folder, classifier, capsys):
+    arguments = ["--steps", "2", "--number", "20", "--classifier", str(classifier)]
+    result = as_json(capsys, "evaluate", str(run_folder), *arguments)
+    assert result["frechet_distance"] > 0 and result["images"] == 20 and "fashion-subset, test" in result["reference"]
+    assert as_json(capsys, "evaluate", str(run_folder), *arguments) == result
+    assert 0 <= as_json(capsys, "evaluate", str(classifier))["accuracy"] < 0.5
+
+
+def test_export_and_load(run_folder, tmp_path, capsys):
+    quality = tmp_path / "q.json"
+    quality.write_text('{"frechet_distance": 9.5}')
+    result = as_json(capsys, "export", str(run_folder), "--to", str(tmp_path / "w"), "--quality", str(quality))
+    tensors, about = read_tensors(tmp_path / "w" / "fashion-smoke.safetensors")
+    assert {t.dtype for t in tensors.values()} == {torch.float16} and result["bytes"] < 60_000
+    network, recipe = load_model(result["file"])
+    original, _ = load_model(run_folder)
+    for name, value in network.state_dict().items():
+        assert value.dtype == torch.float32 and torch.equal(value, original.state_dict()[name].half().float())
+    card = json.loads((tmp_path / "w" / "fashion-smoke.json").read_text())
+    assert card["images"] == 96 and card["parameters"] == sum(p.numel() for p in network.parameters())
+    assert card["recipe"] == about["recipe"] == recipe.to_json() and card["quality"] == [{"frechet_distance": 9.5}]
+    assert card["curve"]["rows"][-1][0] == 96 and card["licence"] == "MIT"
+
+
+def test_recipes(capsys):
+    assert as_json(capsys, "recipes").keys() == RECIPES.keys()
+    assert as_json(capsys, "recipes", "fashion-cpu")["parameters"] > 600_000
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["train", "nothing"], "unknown recipe 'nothing'; there are fashion-cpu"),
+        (["train", "fashion-smoke", "--images", "0"], "--images must be at least 1, got 0"),
+        (["train", "fashion-smoke", "--device", "nonsense"], "device 'nonsense' cannot be used"),
+        (["recipes", "nothing"], "unknown recipe 'nothing'"),
+        (["sample", "nothing"], "nothing is no file or folder"),
+        (["sample", "RUN", "--label", "11"], "--label must lie in 0…10"),
+        (["sample", "RUN", "--number", "0"], "--number must be at least 1, got 0"),
+        (["sample", "RUN", "--steps", "0"], "--steps must be at least 1, got 0"),
+        (["train", "fashion-smoke", "--images", "96", "--seed", "5", "--folder", "RUN"], "seed was 0 and is 5"),
+        (["sample", "CLASSIFIER"], "is no diffusion model"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_1(arguments, words, run_folder, classifier, capfd):
+    arguments = [{"RUN": str(run_folder), "CLASSIFIER": str(classifier)}.get(a, a) for a in arguments]
+    assert main(arguments) == 1
+    out, err = capfd.readouterr()
+    last = err.replace("\r", "\n").strip().splitlines()[-1]
+    assert out == "" and words in last and last.startswith("diffbook: ") and "Traceback" not in err
+
+
+def test_a_damaged_checkpoint_is_one_line(tmp_path, capfd):
+    (tmp_path / "checkpoint-000000000032.safetensors").write_text("rubbish")
+    assert main(["train", "fashion-smoke", "--folder", str(tmp_path)]) == 1
+    err = capfd.readouterr().err
+    assert "diffbook: " in err and "is damaged or no safetensors file" in err and "Traceback" not in err
