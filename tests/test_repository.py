@@ -72,7 +72,7 @@ def test_constraints_lie_within_the_ranges() -> None:
 
 
 def test_tools_of_the_book_are_pinned_exactly() -> None:
-    loose = {"ipykernel", "jupyterlab", "jupyterlab-myst", "jupytext", "nbclient", "nbdime", "nbformat", "psutil"}
+    loose = {"ipykernel", "jupyterlab", "jupytext", "nbclient", "nbdime", "nbformat", "psutil"}
     for needed in requirements("book"):
         exact = [s.operator for s in needed.specifier] == ["=="]
         assert exact != (needed.name in loose), needed
