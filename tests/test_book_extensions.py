@@ -153,6 +153,7 @@ def test_links_to_the_repository_only_where_its_address_is_known(book):
     assert not unknown["use_repository_button"] and not unknown["launch_buttons"] and not unknown["repository_url"]
     known = options('[project]\nname = "x"\n[project.urls]\nRepository = "https://github.com/a/b"\n')
     assert known["repository_url"] == "https://github.com/a/b" and "colab_url" in known["launch_buttons"]
+    assert known["repository_branch"] == "main"
 
 
 def test_markers_are_found_wherever_pytest_takes_them(tmp_path):

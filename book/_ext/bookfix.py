@@ -56,6 +56,7 @@ def repository(app: Sphinx, config: Config) -> None:
     address = project.get("urls", {}).get("Repository", "")
     options = config.html_theme_options
     options["repository_url"] = address
+    options["repository_branch"] = "main"  # the theme takes master for granted
     options["use_repository_button"] = bool(address)
     options["use_issues_button"] = bool(address)
     options["launch_buttons"] = (
