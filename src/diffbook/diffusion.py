@@ -49,7 +49,7 @@ def q_sample(x_0: Tensor, eps: Tensor, t: Tensor | int, schedule: NoiseSchedule)
 
 
 def q_posterior(x_0: Tensor, x_t: Tensor, t: Tensor | int, schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
-    """Mean and variance of q(x_{t-1} | x_t, x_0).
+    """Mean and variance of q(x_{t-1} | x_t, x_0), :eq:`eq-posterior-mean` and :eq:`eq-posterior-variance`.
 
     Returns:
         The mean, shape ``(B, …)``, and the variance β̃_t, shape ``(B, 1, …, 1)``.
@@ -79,14 +79,14 @@ def eps_from_x0(x_t: Tensor, x_0: Tensor, t: Tensor | int, schedule: NoiseSchedu
 
 
 def v_target(x_0: Tensor, eps: Tensor, t: Tensor | int, schedule: NoiseSchedule) -> Tensor:
-    """The velocity v = √ᾱ_t ε - √(1-ᾱ_t) x_0 (Salimans & Ho 2022, section 4)."""
+    """The velocity v = √ᾱ_t ε - √(1-ᾱ_t) x_0, :eq:`eq-v-target` (Salimans & Ho 2022, section 4)."""
     x_0, eps = _check_pair("x_0", x_0, "eps", eps)
     t = check_time(t, x_0, schedule)
     return schedule.at("sqrt_alpha_bar", t, x_0) * eps - schedule.at("sqrt_one_minus_alpha_bar", t, x_0) * x_0
 
 
 def eps_from_v(x_t: Tensor, v: Tensor, t: Tensor | int, schedule: NoiseSchedule) -> Tensor:
-    """ε = √ᾱ_t v + √(1-ᾱ_t) x_t, the inverse of :func:`v_target` (Salimans & Ho 2022, appendix D)."""
+    """ε = √ᾱ_t v + √(1-ᾱ_t) x_t, the inverse of :func:`v_target`, :eq:`eq-eps-from-v`."""
     x_t, v = _check_pair("x_t", x_t, "v", v)
     t = check_time(t, x_t, schedule)
     return schedule.at("sqrt_alpha_bar", t, x_t) * v + schedule.at("sqrt_one_minus_alpha_bar", t, x_t) * x_t

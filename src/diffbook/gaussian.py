@@ -137,8 +137,8 @@ class GaussianMixture:
         """The distribution of x, drawn from this mixture, given y = scale · x + N(0, variance).
 
         With scale √ᾱ_t and variance 1-ᾱ_t it is p(x_0 | x_t); for the mixture q(x_{t-1}), scale √α_t and
-        variance β_t it is the exact reverse step q(x_{t-1} | x_t). Each component is a product of two
-        Gaussians, :eq:`eq-gaussian-product`.
+        variance β_t it is the exact reverse step q(x_{t-1} | x_t), :eq:`eq-reverse-bayes`. Each component is a product
+        of two Gaussians, :eq:`eq-gaussian-product`.
 
         Args:
             y: shape ``(B, D)``.

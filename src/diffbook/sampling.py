@@ -86,6 +86,8 @@ def ddpm_sample(
 ) -> Tensor:
     """Ancestral sampling: the mean of q(x_s | x_t, x̂_0) plus fresh noise, none in the last step.
 
+    The mean is :eq:`eq-posterior-mean`, which with s = t-1 equals :eq:`eq-mean-from-eps`.
+
     Args:
         model: denoiser, ``model(x_t, t) -> eps``.
         x_T: where to start, shape ``(B, …)``, float32 or float64.

@@ -72,7 +72,7 @@ class NoiseSchedule:
 
     @property
     def posterior_variance(self) -> Tensor:
-        """β̃_t = (1 - ᾱ_{t-1}) / (1 - ᾱ_t) · β_t, shape ``(T+1,)``; β̃_0 = β̃_1 = 0 (Ho et al. 2020, eq. 7)."""
+        """β̃_t = (1 - ᾱ_{t-1}) / (1 - ᾱ_t) · β_t, :eq:`eq-posterior-variance`; shape ``(T+1,)``, β̃_0 = β̃_1 = 0."""
         table = torch.zeros_like(self.beta)
         table[1:] = (1 - self.alpha_bar[:-1]) / (1 - self.alpha_bar[1:]) * self.beta[1:]
         return table
@@ -100,14 +100,14 @@ class NoiseSchedule:
 
     @property
     def posterior_mean_x_0(self) -> Tensor:
-        """Weight of x_0 in the mean of q(x_{t-1} | x_t, x_0), √ᾱ_{t-1} β_t / (1 - ᾱ_t)."""
+        """Weight of x_0 in the mean of q(x_{t-1} | x_t, x_0), √ᾱ_{t-1} β_t / (1 - ᾱ_t), :eq:`eq-posterior-mean`."""
         table = torch.zeros_like(self.beta)
         table[1:] = self.alpha_bar[:-1].sqrt() * self.beta[1:] / (1 - self.alpha_bar[1:])
         return table
 
     @property
     def posterior_mean_x_t(self) -> Tensor:
-        """Weight of x_t in the mean of q(x_{t-1} | x_t, x_0), √α_t (1 - ᾱ_{t-1}) / (1 - ᾱ_t)."""
+        """Weight of x_t in that mean, √α_t (1 - ᾱ_{t-1}) / (1 - ᾱ_t), :eq:`eq-posterior-mean`."""
         table = torch.ones_like(self.beta)
         table[1:] = self.alpha[1:].sqrt() * (1 - self.alpha_bar[:-1]) / (1 - self.alpha_bar[1:])
         return table
