@@ -43,6 +43,8 @@ def main() -> int:
     mark = HTML.parent / "built-with"
     if not mark.is_file() or mark.read_text() != unwatched():
         shutil.rmtree(HTML.parent, ignore_errors=True)
+    # Sphinx says what is wrong with a page only when it reads it: after a failed build read all of them again.
+    mark.unlink(missing_ok=True)
     command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build", str(ROOT)]
     options = ["-n", "-W", "--keep-going", "-q"]
     done = subprocess.run([*command, *options], cwd=ROOT, stdin=subprocess.DEVNULL)

@@ -38,11 +38,11 @@ class Proof:
 
 
 def collect_proofs(folder: Path) -> list[Proof]:
-    """All tests under ``folder`` with an ``equation`` marker: on the function, its class, or in ``pytestmark``."""
+    """All tests that run with an ``equation`` marker: on the function, a parameter, the class, or in ``pytestmark``."""
     proofs = []
     for path in sorted(folder.rglob("test_*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        proofs += [Proof(label, path, *rest) for label, *rest in _marked(tree, _pytestmark(tree), "")]
+        proofs += [Proof(label, path, *rest) for label, *rest in _marked(tree, _labels(_pytestmark(tree)), "")]
     return proofs
 
 
@@ -58,33 +58,47 @@ def collect_citations(package: Path) -> dict[str, list[str]]:
 
 
 def _marked(node: ast.AST, inherited: set[str], prefix: str) -> Iterator[tuple[str, str, int, str]]:
+    if isinstance(node, ast.Module) and _never_runs(_pytestmark(node)):
+        return
     for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.ClassDef):
-            labels = inherited | _labels(child.decorator_list) | _pytestmark(child)
+        if not isinstance(child, ast.ClassDef | ast.FunctionDef):
+            continue
+        marks = [*child.decorator_list, *(_pytestmark(child) if isinstance(child, ast.ClassDef) else [])]
+        if _never_runs(marks):
+            continue
+        labels = inherited | _labels(marks)
+        if isinstance(child, ast.ClassDef) and child.name.startswith("Test"):
             yield from _marked(child, labels, f"{prefix}{child.name}.")
         elif isinstance(child, ast.FunctionDef) and child.name.startswith("test"):
             about = (ast.get_docstring(child) or "").split("\n\n")[0].replace("\n", " ")
-            for label in sorted(inherited | _labels(child.decorator_list)):
+            for label in sorted(labels):
                 yield label, prefix + child.name, child.lineno, about
 
 
-def _pytestmark(node: ast.Module | ast.ClassDef) -> set[str]:
+def _pytestmark(node: ast.Module | ast.ClassDef) -> list[ast.expr]:
     for statement in node.body:
         if isinstance(statement, ast.Assign) and any(
             isinstance(t, ast.Name) and t.id == "pytestmark" for t in statement.targets
         ):
             value = statement.value
-            return _labels(value.elts if isinstance(value, ast.List | ast.Tuple) else [value])
-    return set()
+            return value.elts if isinstance(value, ast.List | ast.Tuple) else [value]
+    return []
 
 
-def _labels(decorators: list[ast.expr]) -> set[str]:
+def _never_runs(marks: list[ast.expr]) -> bool:
+    """A test that is skipped, or allowed to fail, proves nothing."""
+    names = (ast.unparse(mark.func if isinstance(mark, ast.Call) else mark) for mark in marks)
+    return any(name in ("pytest.mark.skip", "pytest.mark.xfail") for name in names)
+
+
+def _labels(marks: list[ast.expr]) -> set[str]:
+    """The labels in the marks, those of single parameters too. What is no literal is in no book, and so reported."""
     return {
-        f"eq-{argument.value}"
-        for call in decorators
+        f"eq-{argument.value if isinstance(argument, ast.Constant) else ast.unparse(argument)}"
+        for mark in marks
+        for call in ast.walk(mark)
         if isinstance(call, ast.Call) and ast.unparse(call.func) == "pytest.mark.equation"
         for argument in call.args
-        if isinstance(argument, ast.Constant)
     }
 
 

@@ -84,6 +84,30 @@ def chapters(book: Path) -> list[check_site.Page]:
     return sorted((page for page in check_site.Site.read(book) if page.is_notebook), key=lambda page: page.name)
 
 
+SCROLLING = """() => {
+    const boxes = [...document.querySelectorAll('.bd-article div.math, .bd-article mjx-container')];
+    const wide = box => box.matches('div.math, [display]') && box.scrollWidth > box.clientWidth + 1;
+    return {
+        wide: boxes.filter(wide).length,
+        unreachable: boxes.filter(box => wide(box) && box.tabIndex < 0).length,
+        needless: boxes.filter(box => !wide(box) && box.tabIndex >= 0).length,
+    };
+}"""
+
+
+def test_keyboard_stops_at_wide_equations_only(window: tuple[Page, browser.Listener], home: str, book: Path) -> None:
+    """An equation that scrolls takes the focus, in an unfolded hint too; no other formula is a stop of the tab key."""
+    page, _ = window
+    browser.use_size(page, "phone")
+    browser.visit(page, home + chapters(book)[-1].name)
+    browser.fold(page, False)
+    phone = page.evaluate(SCROLLING)
+    browser.use_size(page, "desktop")
+    desktop = page.evaluate(SCROLLING)
+    assert phone["wide"] > desktop["wide"]
+    assert phone["unreachable"] == phone["needless"] == desktop["unreachable"] == desktop["needless"] == 0
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_page(window: tuple[Page, browser.Listener], home: str, name: str) -> None:
     """No complaint in the console, nothing from elsewhere, mathematics typeset, fits the window, axe finds nothing.
