@@ -56,7 +56,9 @@ def difference(stored: bytes, fresh: bytes) -> str | None:
     """In what two PNG files differ more than rounding explains, or None."""
     import numpy as np
     from PIL import Image
+    from run_notebooks import few_colours
 
+    fresh = few_colours(fresh)  # as the stored one was treated
     if stored == fresh:
         return None
     old, new = (np.asarray(Image.open(io.BytesIO(png)).convert("RGB"), dtype=float) for png in (stored, fresh))
