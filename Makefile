@@ -21,7 +21,7 @@ export PYTHON TORCH_INDEX
 unexport PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help env book test notebooks lab measure browser address constraints test-lowest clean
+.PHONY: help env book test notebooks lab measure mutants browser address constraints test-lowest clean
 
 help: ## show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -43,6 +43,9 @@ lab: env ## open the notebooks in JupyterLab
 
 measure: env ## measure run time and memory of the notebooks, and write them at their heads
 	@$(PY) tools/measure.py $(FILES)
+
+mutants: env ## plant faults in the mathematical core and see whether tests notice; goes on where it was stopped
+	@$(PY) tools/mutants.py
 
 browser: ## install the browser that the accessibility checks need (Debian, Ubuntu)
 	@sh tools/install_browser.sh

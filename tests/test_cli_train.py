@@ -82,7 +82,11 @@ def test_evaluate(run_folder, classifier, capsys):
     arguments = ["--steps", "2", "--number", "20", "--classifier", str(classifier)]
     result = as_json(capsys, "evaluate", str(run_folder), *arguments)
     assert result["frechet_distance"] > 0 and result["images"] == 20 and "fashion-subset, test" in result["reference"]
+    assert result["standard_error"] > 0 and result["bias"] > 0 and 0 < result["real"] < result["frechet_distance"]
+    assert result["sampler"] == "DDIM" and result["by_number"] == []
     assert as_json(capsys, "evaluate", str(run_folder), *arguments) == result
+    other = as_json(capsys, "evaluate", str(run_folder), *arguments, "--sampler", "dpmpp", "--steps", "3")
+    assert other["sampler"] == "DPM-Solver++(2M)" and other["frechet_distance"] != result["frechet_distance"]
     assert 0 <= as_json(capsys, "evaluate", str(classifier))["accuracy"] < 0.5
 
 
@@ -104,7 +108,7 @@ def test_export_and_load(run_folder, tmp_path, capsys):
 
 def test_recipes(capsys):
     assert as_json(capsys, "recipes").keys() == RECIPES.keys()
-    assert as_json(capsys, "recipes", "fashion-cpu")["parameters"] > 600_000
+    assert as_json(capsys, "recipes", "fashion-cpu")["parameters"] > 1_000_000
 
 
 @pytest.mark.parametrize(
@@ -135,3 +139,24 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path, capfd):
     assert main(["train", "fashion-smoke", "--folder", str(tmp_path)]) == 1
     err = capfd.readouterr().err
     assert "diffbook: " in err and "is damaged or no safetensors file" in err and "Traceback" not in err
+
+
+def test_bits_per_dim_go_on_where_they_stopped(run_folder, tmp_path, monkeypatch, capsys):
+    """Stopped after the first hundred of images and repeated, the command ends with the identical number."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "whole"))
+    command = ["evaluate", str(run_folder), "--metric", "bits", "--number", "250", "--times", "3"]
+    whole = as_json(capsys, *command)
+    assert whole["bits_per_dim"] > 0 and whole["standard_error"] > 0 and whole["images"] == 250
+    assert whole["times_per_image"] == 3 and whole["classes"] == "given" and whole["variance"] == "beta"
+    (path,) = (tmp_path / "whole" / "diffbook" / "bounds").iterdir()
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "parts"))
+    stopped = tmp_path / "parts" / "diffbook" / "bounds" / path.name
+    stopped.parent.mkdir(parents=True)
+    stopped.write_text(json.dumps(json.loads(path.read_text())[:1]))
+    assert as_json(capsys, *command) == whole and stopped.read_bytes() == path.read_bytes()
+
+    null = as_json(capsys, *command, "--null", "--variance", "beta_tilde")
+    assert null["classes"] == "null" and null["bits_per_dim"] != whole["bits_per_dim"]
+    stopped.write_text("[[")
+    assert main(command) == 1 and "is damaged" in capsys.readouterr().err

@@ -215,3 +215,49 @@ class TestIdealDenoiser:
         for bad in (torch.zeros(3), torch.zeros(3, 2, dtype=torch.uint8)):
             with pytest.raises(ValueError, match="data must be"):
                 IdealDenoiser(bad, schedule)
+
+
+# found by `make mutants`
+
+
+@pytest.mark.parametrize("name", ["var_q", "var_p"])
+def test_the_variance_that_is_not_positive_is_named(name):
+    one, zero = torch.ones(2), torch.tensor([1.0, 0.0])
+    arguments = {"mean_q": one, "var_q": one, "mean_p": one, "var_p": one} | {name: zero}
+    with pytest.raises(ValueError, match=f"^{name} must be positive"):
+        kl_diagonal(**arguments)
+    for function in (gaussian_log_prob, discretised_log_likelihood):
+        with pytest.raises(ValueError, match=r"^variance must be positive"):
+            function(one, one, zero)
+    for weights, variances, wrong in ((zero, one, "weights"), (one, zero, "variances")):
+        with pytest.raises(ValueError, match=f"^{wrong} must be positive"):
+            GaussianMixture(weights, one[:, None], variances[:, None])
+
+
+def test_levels_are_met_to_rounding_and_their_grid_has_ends():
+    mean, variance = torch.tensor(0.2, dtype=torch.float64), torch.tensor(0.5, dtype=torch.float64)
+    for end in (-1.0, 1.0):
+        x = end + torch.tensor([0.0, 1e-6, -1e-6], dtype=torch.float64)
+        log_p = discretised_log_likelihood(x, mean, variance)
+        assert log_p.exp().min() > 0.04  # the whole tail
+        torch.testing.assert_close(log_p, log_p[:1].expand(3), rtol=1e-5, atol=0)
+    for k in (-1, 256):
+        with pytest.raises(ValueError, match="256 levels"):
+            discretised_log_likelihood(torch.tensor([2 * k / 255 - 1]), mean, variance)
+    x = torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64)
+    assert discretised_log_likelihood(x, mean, variance, levels=3).exp().sum().item() == pytest.approx(1, abs=1e-12)
+
+
+def test_mixture_by_hand(mixture):
+    w, m, v = mixture.weights[:, None], mixture.means, mixture.variances
+    mean, variance = mixture.moments()
+    torch.testing.assert_close(mean, (w * m).sum(0))
+    torch.testing.assert_close(variance, (w * (v + m**2)).sum(0) - mean**2)
+    a, b = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
+    k = torch.multinomial(mixture.weights, 50, replacement=True, generator=a)
+    expected = m[k] + v[k].sqrt() * torch.randn(50, 2, generator=a, dtype=torch.float64)
+    assert torch.equal(mixture.sample(50, b), expected)
+    with pytest.raises(ValueError, match="need weights"):
+        GaussianMixture(torch.ones(2), torch.ones(2), torch.ones(2))
+    with pytest.raises(ValueError, match="x must have shape"):
+        mixture.log_prob(torch.zeros(2, 2, 1))

@@ -150,3 +150,44 @@ def test_a_plain_int_stands_for_the_whole_batch(schedule):
 
 def test_repr_says_how_much_signal_is_left(schedule):
     assert repr(schedule) == "NoiseSchedule(T=1000, alpha_bar_T=4.04e-05)"
+
+
+# found by `make mutants`
+
+
+def test_the_edges_of_what_is_allowed(schedule):
+    """Just inside is taken; just outside is refused, in the words of the argument that is wrong."""
+    assert linear_schedule(1, 0.995, 0.995).beta.tolist() == [0, 0.995]
+    assert cosine_schedule(1).beta.tolist() == [0, 0.999]
+    assert cosine_schedule(s=0).alpha_bar[500].item() == pytest.approx(0.5, rel=1e-9)
+    for max_beta in (0.0, 1.0):
+        with pytest.raises(ValueError, match="max_beta must lie inside"):
+            cosine_schedule(max_beta=max_beta)
+    for arguments in ({"beta_start": 0.0}, {"beta_end": 1.0}):
+        with pytest.raises(ValueError, match="need 0 < beta_start <= beta_end < 1"):
+            linear_schedule(**arguments)
+    with pytest.raises(ValueError, match=r"beta_2 = -0\.1"):
+        NoiseSchedule(torch.tensor([0.1, -0.1]))
+    assert check_time(torch.tensor([1, 1000]), torch.zeros(2), schedule).tolist() == [1, 1000]
+
+
+def test_defaults_and_the_bound_of_the_warning(monkeypatch):
+    assert torch.equal(cosine_schedule().beta, cosine_schedule(1000, 0.008, 0.999).beta)
+    assert torch.equal(linear_schedule().beta, linear_schedule(1000, 1e-4, 0.02).beta)
+    monkeypatch.setattr("diffbook.schedule.MAX_ALPHA_BAR_T", 0.25)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        NoiseSchedule(torch.tensor([0.75]))  # ᾱ_T is 0.25, not more
+
+
+def test_numbers_of_python_keep_their_precision():
+    assert NoiseSchedule([0.1, 0.995]).beta.tolist() == [0, 0.1, 0.995]
+
+
+def test_everything_is_on_the_device_of_the_data(schedule):
+    """On "meta", a device without numbers, what lies on another one is noticed without a GPU."""
+    x = torch.empty(2, 3, device="meta")
+    for t in (7, torch.tensor([1, 1000]), torch.empty(2, dtype=torch.int64, device="meta")):
+        t = check_time(t, x, schedule)
+        assert t.device.type == "meta" and t.dtype == torch.int64
+        assert schedule.at("sqrt_alpha_bar", t, x).device.type == "meta"

@@ -42,6 +42,7 @@ class PeakMemory(threading.Thread):
         self._stop_asked = threading.Event()
 
     def run(self) -> None:
+        self._sample()  # at once: a short notebook's kernel is gone before the first tenth of a second has passed
         while not self._stop_asked.wait(0.1):
             self._sample()
 
@@ -56,18 +57,22 @@ class PeakMemory(threading.Thread):
                 total += member.memory_info().rss
             except psutil.NoSuchProcess:  # a child that has just ended
                 continue
-        self.peak = max(self.peak, total)
+        self.peak = max(self.peak, total, self._recorded())
+
+    def _recorded(self) -> int:
+        """The peak that Linux keeps for the process; read again and again, for it goes with the process."""
+        try:
+            status = Path(f"/proc/{self.process.pid}/status").read_text()
+        except OSError:  # another system, or the process has ended
+            return 0
+        found = re.search(r"VmHWM:\s+(\d+) kB", status)
+        return 1024 * int(found[1]) if found else 0
 
     def stop(self) -> int:
         """End, and return the peak in bytes."""
         self._sample()
         self._stop_asked.set()
         self.join()
-        status = Path(f"/proc/{self.process.pid}/status")
-        if status.exists():
-            recorded = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
-            if recorded:
-                self.peak = max(self.peak, 1024 * int(recorded[1]))
         return self.peak
 
 

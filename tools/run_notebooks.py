@@ -181,7 +181,7 @@ def execute(
         path: the notebook; the file is not changed.
         timeout: seconds that one cell may take.
         on_start: called with the process number of the kernel when it is ready.
-        on_end: called after the last cell, while the kernel still lives.
+        on_end: called after the last cell; the kernel may be gone by then.
 
     Raises:
         NotebookError: a cell failed, took too long, or killed the kernel.

@@ -266,6 +266,7 @@ def outdated(app: Sphinx, env: BuildEnvironment, added: set[str], changed: set[s
 
 
 def setup(app: Sphinx) -> dict[str, object]:
+    app.setup_extension("mutation")
     app.add_config_value("proofs_tests", "tests", "env")
     app.add_config_value("proofs_package", "src/diffbook", "env")
     app.add_node(verified_equations)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import signal
 import sys
@@ -15,8 +16,19 @@ from torch import Tensor
 
 import diffbook
 from diffbook.classifier import Classifier
-from diffbook.data import IMAGE_SETS, TOY_SETS, cache_folder
-from diffbook.evaluation import accuracy, draw_images, frechet_distance, image_features
+from diffbook.data import IMAGE_SETS, TOY_SETS, ImageSet, cache_folder
+from diffbook.evaluation import (
+    SAMPLERS,
+    accuracy,
+    bound_in_bits,
+    bound_sums,
+    draw_images,
+    frechet_distance,
+    frechet_jackknife,
+    geometric_parts,
+    image_features,
+    precision_recall,
+)
 from diffbook.recipes import RECIPES, Diffusion, find_recipe
 from diffbook.training import read_log, train
 from diffbook.weights import checkpoints, load_model, read_tensors, source_of, write_atomically, write_tensors
@@ -134,18 +146,22 @@ def sample(options: argparse.Namespace) -> dict[str, object]:
     x = _draw(network, recipe, y, options)
     path = options.to or Path(f"{recipe.name}.png")
     save_grid(x, path, min(K, options.number))
-    drawn = {"name": recipe.name, "images": len(x), "file": str(path)}
+    drawn = {"name": recipe.name, "images": len(x), "file": str(path), "sampler": SAMPLERS[options.sampler][0]}
     return drawn | {"steps": options.steps, "guidance": options.guidance, "seed": options.seed}
 
 
 def evaluate(options: argparse.Namespace) -> dict[str, object]:
-    """Measure a classifier's accuracy, or a diffusion model's Fréchet distance to the test set."""
+    """Measure a classifier's accuracy, or a diffusion model's Fréchet distance to the test set, or its bits per dim."""
     device = _device(options.device)
     network, recipe = load_model(options.name, device)
     test = IMAGE_SETS[recipe.data]("test")
     result: dict[str, object]
     if isinstance(network, Classifier):
         result = {"accuracy": round(accuracy(network, test), 4), "images": len(test)}
+    elif options.metric == "bits":
+        network, recipe = _diffusion(options)
+        _check_counts(options)
+        result = _bits_per_dim(network, recipe, test, options)
     else:
         network, recipe = _diffusion(options)
         _check_counts(options)
@@ -153,18 +169,70 @@ def evaluate(options: argparse.Namespace) -> dict[str, object]:
         if not isinstance(classifier, Classifier):
             raise ValueError(f"{options.classifier} is no classifier")
         x = _draw(network, recipe, torch.arange(options.number) % recipe.options["classes"], options)
-        distance = frechet_distance(image_features(classifier, x), image_features(classifier, test.x()))
+        features, reference = image_features(classifier, x), image_features(classifier, test.x())
+        distance = frechet_jackknife(features, reference)
+        precision, recall = precision_recall(reference, features)
+        real = IMAGE_SETS[recipe.data]("train").x(slice(options.number))
         result = {
-            "frechet_distance": round(distance, 4),
+            "frechet_distance": round(distance.value, 4),
+            "standard_error": round(distance.standard_error, 4),
+            "bias": round(distance.bias, 4),
+            "by_number": _by_number(features, reference),
+            "real": round(frechet_distance(image_features(classifier, real), reference), 4),
+            "precision": round(precision, 4),
+            "recall": round(recall, 4),
             "classifier": options.classifier,
             "images": options.number,
             "reference": f"{recipe.data}, test, {len(test)} images",
-            "sampler": "DDIM",
+            "sampler": SAMPLERS[options.sampler][0],
             "steps": options.steps,
             "guidance": options.guidance,
             "seed": options.seed,
         }
     return {"name": options.name} | result
+
+
+def _bits_per_dim(
+    network: torch.nn.Module, recipe: Diffusion, test: ImageSet, options: argparse.Namespace
+) -> dict[str, object]:
+    """Bits per dimension by the variational bound. What is done is kept in the cache, and not done again."""
+    from tqdm import tqdm
+
+    x, y = test.x(slice(options.number)), test.labels[: options.number]
+    parts = geometric_parts(recipe.T, options.times)
+    about: dict[str, object] = {
+        "images": len(x),
+        "reference": f"{recipe.data}, test, {len(test)} images",
+        "times_per_image": len(parts),
+        "classes": "null" if options.null else "given",
+        "variance": options.variance,
+        "seed": options.seed,
+    }
+    weights = hashlib.sha256(source_of(options.name).read_bytes()).hexdigest()
+    key = json.dumps([weights, options.device, torch.__version__, about], sort_keys=True)
+    path = cache_folder() / "bounds" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        sums = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        done = sum(int(row[0]) for row in sums)
+    except (ValueError, TypeError, KeyError, IndexError) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it") from error
+    if options.null:
+        y = torch.full_like(y, recipe.options["classes"])
+    with tqdm(total=len(x), initial=done, unit=" images", disable=None if not options.json else True) as bar:
+        for row in bound_sums(network, recipe, x, y, options.variance, parts, options.seed, skip=len(sums)):
+            sums.append(row)
+            write_atomically(path, json.dumps(sums).encode())
+            bar.update(int(row[0]))
+    rounded = {name: float(f"{value:.4g}") for name, value in bound_in_bits(sums, x[0].numel()).items()}
+    return rounded | about
+
+
+def _by_number(features: Tensor, reference: Tensor) -> list[list[float]]:
+    """Fréchet distances from fewer samples: their number, and the mean over as many disjoint sets as there are."""
+    numbers = [n for n in (500, 1000, 2000, 5000) if n <= len(features)]
+    parts = {n: [part for part in features.split(n) if len(part) == n] for n in numbers}
+    return [[n, round(sum(frechet_distance(p, reference) for p in parts[n]) / len(parts[n]), 4)] for n in numbers]
 
 
 def export(options: argparse.Namespace) -> dict[str, object]:
@@ -201,7 +269,7 @@ def _draw(network: torch.nn.Module, recipe: Diffusion, y: Tensor, options: argpa
 
     parts = []
     with tqdm(total=len(y), unit=" images", disable=None if not options.json else True) as bar:
-        for x in draw_images(network, recipe, y, options.steps, options.guidance, options.seed):
+        for x in draw_images(network, recipe, y, options.steps, options.guidance, options.seed, options.sampler):
             parts.append(x.cpu())
             bar.update(len(x))
     return torch.cat(parts)
@@ -215,8 +283,8 @@ def _diffusion(options: argparse.Namespace) -> tuple[torch.nn.Module, Diffusion]
 
 
 def _check_counts(options: argparse.Namespace) -> None:
-    for name in ("number", "steps"):
-        if getattr(options, name) < 1:
+    for name in ("number", "steps", "times"):
+        if getattr(options, name, 1) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(options, name)}")
 
 
@@ -259,6 +327,7 @@ def _parser() -> argparse.ArgumentParser:
     model = "a model that comes with the package, a file, or the folder of a run"
     drawing = argparse.ArgumentParser(add_help=False)
     drawing.add_argument("name", metavar="NAME", help=model)
+    drawing.add_argument("--sampler", choices=SAMPLERS, default="ddim", help="default: ddim")
     drawing.add_argument("--steps", type=int, default=20, help="steps of the sampler (default: 20)")
     drawing.add_argument("--guidance", type=float, default=1.0, help="weight w; 1 is plain conditional (default: 1)")
 
@@ -269,7 +338,16 @@ def _parser() -> argparse.ArgumentParser:
     p.set_defaults(command=sample)
 
     p = commands.add_parser("evaluate", parents=[common, drawing], help="measure how good a model is")
-    p.add_argument("--number", type=int, default=10_000, help="how many images to draw (default: 10000)")
+    p.add_argument(
+        "--metric",
+        choices=("frechet", "bits"),
+        default="frechet",
+        help="Fréchet distance, or bits per dimension by the variational bound (default: frechet)",
+    )
+    p.add_argument("--number", type=int, default=10_000, help="how many images to draw, or to measure (default: 10000)")
+    p.add_argument("--times", type=int, default=20, help="bits: times drawn an image (default: 20)")
+    p.add_argument("--variance", choices=("beta", "beta_tilde"), default="beta", help="bits: of the model's steps")
+    p.add_argument("--null", action="store_true", help="bits: of the model without classes")
     p.add_argument("--classifier", default="fashion-classifier", help="whose features are compared")
     p.set_defaults(command=evaluate)
 

@@ -1,4 +1,4 @@
-"""The forward process, its posterior, conversions between targets, and the loss.
+"""The forward process, its posterior, conversions between targets, the loss and the bound behind it.
 
 Every function takes tensors first, then ``t``, then ``schedule``. Batches have shape ``(B, …)``; ``t`` is an
 int64 tensor ``(B,)`` with values in 1…T (a plain int stands for the whole batch). float32 and float64 are kept;
@@ -8,11 +8,14 @@ half precision is promoted to float32, because β_1 = 1e-4 is below its resoluti
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from diffbook.gaussian import discretised_log_likelihood, gaussian_log_prob, kl_diagonal
 from diffbook.schedule import NoiseSchedule, check_time
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
@@ -95,7 +98,7 @@ def eps_from_v(x_t: Tensor, v: Tensor, t: Tensor | int, schedule: NoiseSchedule)
 def simple_loss(
     model: Denoiser, x_0: Tensor, schedule: NoiseSchedule, generator: torch.Generator | None = None
 ) -> Tensor:
-    """L_simple on one batch: the mean of (ε - ε_θ(x_t, t))² over batch **and** pixels.
+    """L_simple on one batch: the mean of (ε - ε_θ(x_t, t))² over batch **and** pixels, :eq:`def-simple-loss`.
 
     Draws t uniformly from 1…T and ε from N(0, I). The paper's squared norm is D times this mean, for data
     with D numbers a sample.
@@ -113,10 +116,114 @@ def simple_loss(
     x_0 = _promote("x_0", x_0)
     t = torch.randint(1, schedule.T + 1, (len(x_0),), generator=generator, device=x_0.device)
     eps = torch.randn(x_0.shape, generator=generator, device=x_0.device, dtype=x_0.dtype)
-    predicted = model(q_sample(x_0, eps, t, schedule), t)
-    if predicted.shape != eps.shape:
-        raise ValueError(f"the model returned shape {tuple(predicted.shape)}, expected {tuple(eps.shape)}")
-    return (eps - predicted.to(eps.dtype)).square().mean()
+    return (eps - _predict(model, q_sample(x_0, eps, t, schedule), t)).square().mean()
+
+
+class VariationalBound(NamedTuple):
+    """An upper bound on -log p_θ(x_0) in nats an image, with its terms, :eq:`eq-bound-terms`."""
+
+    total: Tensor  # L_T + the sum of L_t + L_0, (B,)
+    L_T: Tensor  # KL from q(x_T | x_0) to N(0, I), (B,)
+    L_t: Tensor  # KL from q(x_{t-1} | x_t, x_0) to the model's step, the page's L_{t-1}, at the times t; (B, K)
+    L_0: Tensor  # -log p_θ(x_0 | x_1), (B,)
+    t: Tensor  # the times of L_t: 2, …, T, or a sample of them, (B, K)
+
+
+@torch.no_grad()
+def variational_bound(
+    model: Denoiser,
+    x_0: Tensor,
+    schedule: NoiseSchedule,
+    variance: str = "beta",
+    levels: int | None = 256,
+    times_per_image: int | None = None,
+    parts: Sequence[int] | None = None,
+    clip: float | None = None,
+    generator: torch.Generator | None = None,
+    noise: Tensor | Sequence[Tensor] | None = None,
+) -> VariationalBound:
+    """Minus the ELBO of the reverse model, L_T + Σ_t L_{t-1} + L_0, with fresh noise in each term.
+
+    Its mean over the noise is an upper bound on -log p_θ(x_0). With ``times_per_image`` = K the sum over t is
+    estimated without bias: 2…T is cut into K parts, one time is drawn from each part for each image, and its term is
+    multiplied by the part's length, :eq:`eq-stratified-sum`. The cost is K + 1 calls of the model, T without sampling.
+
+    Args:
+        model: denoiser, ``model(x_t, t) -> eps``.
+        x_0: clean data, shape ``(B, …)``.
+        variance: σ_t² of the model's steps, ``"beta"`` or ``"beta_tilde"``; β_1 for t = 1 in any case, as β̃_1 = 0.
+        levels: grey levels of images in [-1, 1] for L_0, :eq:`def-discretised-likelihood`; None for a density.
+        parts: the first times of the K parts, the first of them 2; by default of equal length.
+        clip: bound the estimate x̂_0 to [-clip, clip]: another model, whose bound this is then.
+        generator: source of times and noise, on the device of ``x_0``.
+        noise: ε to replay, ``noise[0]`` for t = 1 and ``noise[i]`` for the i-th of the other times.
+
+    Raises:
+        ValueError: an argument outside its domain, x_0 off the grid of ``levels``, a model output of another shape.
+
+    Source: Ho et al. (2020), eqs. 5, 8 and 13.
+    """
+    if variance not in ("beta", "beta_tilde"):
+        raise ValueError(f'variance must be "beta" or "beta_tilde", got {variance!r}')
+    if clip is not None and not clip > 0:
+        raise ValueError(f"clip must be positive, or None for no clipping, got {clip}")
+    x_0, T = _promote("x_0", x_0), schedule.T
+    if parts is not None and (times_per_image is not None or not _are_parts(parts, T)):
+        raise ValueError(f"parts must rise from 2 to at most {T}, without times_per_image, got {list(parts)}")
+    if parts is None:
+        K = T - 1 if times_per_image is None else times_per_image
+        if K < 1 < T or K > T - 1:
+            raise ValueError(f"times_per_image must lie in 1…{T - 1}, got {K}")
+        parts = [2 + i * (T - 1) // K for i in range(K)]
+    if noise is not None and len(noise) != len(parts) + 1:
+        raise ValueError(f"noise must have an entry for t = 1 and each of {len(parts)} other times, got {len(noise)}")
+
+    def steps(i: int, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean and variance of q(x_{t-1} | x_t, x_0) at a random x_t, and the mean of p_θ(x_{t-1} | x_t)."""
+        if noise is None:
+            eps = torch.randn(x_0.shape, generator=generator, device=x_0.device, dtype=x_0.dtype)
+        else:
+            eps = noise[i].to(x_0)
+        x_t = q_sample(x_0, eps, t, schedule)
+        guess = x0_from_eps(x_t, _predict(model, x_t, t), t, schedule)
+        guess = guess if clip is None else guess.clamp(-clip, clip)
+        return *q_posterior(x_0, x_t, t, schedule), q_posterior(guess, x_t, t, schedule)[0]
+
+    t = torch.full((len(x_0),), T, device=x_0.device)
+    zero = torch.zeros_like(x_0[:1])
+    alpha_bar = schedule.at("alpha_bar", t, x_0)
+    L_T = _per_image(kl_diagonal(alpha_bar.sqrt() * x_0, 1 - alpha_bar, zero, zero + 1))
+
+    t = torch.ones_like(t)
+    mean, sigma2 = steps(0, t)[2], schedule.at("beta", t, x_0)
+    if levels is None:
+        L_0 = -_per_image(gaussian_log_prob(x_0, mean, sigma2))
+    else:
+        L_0 = -_per_image(discretised_log_likelihood(x_0, mean, sigma2, levels))
+
+    table, L_t = "beta" if variance == "beta" else "posterior_variance", x_0.new_empty(len(x_0), len(parts))
+    times = torch.empty(L_t.shape, dtype=torch.int64, device=x_0.device)
+    for i, (start, end) in enumerate(pairwise([*parts, T + 1])):
+        t = torch.randint(start, end, (len(x_0),), generator=generator, device=x_0.device)
+        mean_q, var_q, mean_p = steps(i + 1, t)
+        kl = kl_diagonal(mean_q, var_q, mean_p, schedule.at(table, t, x_0))
+        L_t[:, i], times[:, i] = (end - start) * _per_image(kl), t
+    return VariationalBound(L_T + L_t.sum(1) + L_0, L_T, L_t, L_0, times)
+
+
+def _are_parts(parts: Sequence[int], T: int) -> bool:
+    return len(parts) > 0 and parts[0] == 2 and all(a < b for a, b in pairwise([*parts, T + 1]))
+
+
+def _per_image(nats: Tensor) -> Tensor:
+    return nats.reshape(len(nats), -1).sum(1)
+
+
+def _predict(model: Denoiser, x_t: Tensor, t: Tensor) -> Tensor:
+    eps = model(x_t, t)
+    if eps.shape != x_t.shape:
+        raise ValueError(f"the model returned shape {tuple(eps.shape)}, expected {tuple(x_t.shape)}")
+    return eps.to(x_t.dtype)
 
 
 def _promote(name: str, x: Tensor) -> Tensor:

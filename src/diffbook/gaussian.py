@@ -52,7 +52,8 @@ def discretised_log_likelihood(x: Tensor, mean: Tensor, variance: Tensor, levels
     """Log-probability of pixel values under N(mean, variance) integrated over each value's interval, in nats.
 
     The values x = 2 k / (levels - 1) - 1, k = 0 … levels - 1, own the interval of width 2 / (levels - 1) around
-    them; the first and the last own the tails as well, so that the probabilities of all levels add up to 1.
+    them; the first and the last own the tails as well, so that the probabilities of all levels add up to 1,
+    :eq:`def-discretised-likelihood`.
 
     Args:
         x: pixel values in [-1, 1] on that grid, any shape.

@@ -75,7 +75,10 @@ class Recipe:
         return self.lr * 0.5 * (1 + math.cos(math.pi * done))
 
     def ema_decay(self, images: int) -> float:
-        """min(ema, (1 + n) / (10 + n)) after n = images / batch steps: early weights are soon forgotten."""
+        """min(ema, (1 + n) / (10 + n)) after n = images / batch steps: soon the start is forgotten.
+
+        The weight of the start is :eq:`eq-ema-warmup`.
+        """
         n = images / self.batch
         return min(self.ema, (1 + n) / (10 + n))
 
@@ -108,8 +111,9 @@ class Diffusion(Recipe):
     def loss(self, network: nn.Module, x_0: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
         """Algorithm 1 of Ho et al. (2020), with stratified times: the mean squared error of what is predicted.
 
-        The i-th of B images has its time in the i-th of B equal parts of 1…T. Batches are shuffled, so each
-        image still sees every time equally often, but the loss varies less (Kingma et al. 2021).
+        For v this is the loss of ε with a weight, :eq:`eq-v-loss-weights`. The i-th of B images has its time in the
+        i-th of B equal parts of 1…T (Kingma et al. 2021). Batches are shuffled, so each image still sees every time
+        equally often, :eq:`eq-stratified-unbiased`, but the loss varies less, :eq:`eq-stratified-variance`.
         """
         B, device = len(x_0), x_0.device
         u = (torch.arange(B, device=device) + torch.rand(B, generator=generator, device=device)) / B
@@ -172,10 +176,10 @@ def _schedule(name: str, T: int) -> NoiseSchedule:
 _ALL: list[Recipe] = [
     Diffusion(
         name="fashion-cpu",
-        about="Fashion-MNIST on a laptop: an hour on two cores",
+        about="Fashion-MNIST without a GPU: an evening on a laptop",
         network="LiteUNet",
-        options={"channels": 1, "widths": [48, 96], "blocks": 1, "attention": [1], "patch": 2, "classes": 10},
-        images=1_200_000,
+        options={"channels": 1, "widths": [48, 96], "blocks": 2, "attention": [1], "patch": 2, "classes": 10},
+        images=2_000_000,
         batch=32,
         lr=1e-3,
         warmup=10_000,

@@ -1,4 +1,4 @@
-"""From x_T to x_0: the ancestral sampler of DDPM and the sampler of DDIM.
+"""From x_T to x_0: the ancestral sampler of DDPM, DDIM, and DPM-Solver++(2M).
 
 A sampler walks an explicit, strictly decreasing list of times. From the time t it steps to s, the *next entry*
 of the list, and after the last entry to 0; the step to 0 adds no noise. On the full grid T, …, 1 this is s = t-1;
@@ -47,6 +47,20 @@ def timesteps(T: int, S: int) -> list[int]:
     return [round(T - Fraction(i * (T - 1), S - 1)) for i in range(S)]
 
 
+def trailing_timesteps(T: int, S: int) -> list[int]:
+    """S times from T down to about T/S: all S steps, the one to 0 included, are equally long (up to rounding).
+
+    :func:`timesteps` ends at 1 and spends its last network call where hardly any noise is left. This grid does
+    not, and it is the better one for :func:`dpmpp_2m_sample`, whose step to t = 1 would be a huge one in λ.
+
+    Raises:
+        ValueError: not 1 ≤ S ≤ T.
+    """
+    if not 1 <= S <= T:
+        raise ValueError(f"need 1 <= S <= T, got S = {S} and T = {T}")
+    return [round(T - Fraction(i * T, S)) for i in range(S)]
+
+
 @torch.no_grad()
 def ddpm_sample_steps(
     model: Denoiser,
@@ -86,7 +100,7 @@ def ddpm_sample(
 ) -> Tensor:
     """Ancestral sampling: the mean of q(x_s | x_t, x̂_0) plus fresh noise, none in the last step.
 
-    The mean is :eq:`eq-posterior-mean`, which with s = t-1 equals :eq:`eq-mean-from-eps`.
+    The step is :eq:`eq-skipped-posterior`; with s = t-1 it equals :eq:`eq-ancestral-step`.
 
     Args:
         model: denoiser, ``model(x_t, t) -> eps``.
@@ -146,7 +160,7 @@ def ddim_sample(
     generator: Generators | None = None,
     noise: Noise | None = None,
 ) -> Tensor:
-    """DDIM: x_s = √ᾱ_s x̂_0 + √(1-ᾱ_s-σ²) ε̂ + σ z with σ² = η² β̃; deterministic for η = 0.
+    """DDIM: x_s = √ᾱ_s x̂_0 + √(1-ᾱ_s-σ²) ε̂ + σ z with σ² = η² β̃, :eq:`eq-ddim-step`; deterministic for η = 0.
 
     Args:
         eta: 0 for the deterministic sampler, 1 for ancestral sampling with σ_t² = β̃_t.
@@ -157,6 +171,50 @@ def ddim_sample(
     Source: Song, Meng & Ermon (2021), eqs. 12 and 16.
     """
     return _last(ddim_sample_steps(model, x_T, schedule, times, eta, clip, generator, noise))
+
+
+@torch.no_grad()
+def dpmpp_2m_sample_steps(
+    model: Denoiser,
+    x_T: Tensor,
+    schedule: NoiseSchedule,
+    times: Sequence[int] | None = None,
+    clip: float | None = None,
+) -> Iterator[SamplingStep]:
+    """:func:`dpmpp_2m_sample`, one :class:`SamplingStep` at a time."""
+    steps, x = _check_arguments(x_T, schedule, times, clip, noise=None)
+    lambdas = (0.5 * schedule.log_snr()).tolist()  # λ_t = log(√ᾱ_t / √(1-ᾱ_t)), infinite at t = 0
+    before: tuple[float, Tensor] | None = None  # h and x̂_0 of the step before
+    for t, s in steps:
+        a_t, a_s = schedule.alpha_bar[t].item(), schedule.alpha_bar[s].item()
+        h = lambdas[s] - lambdas[t]
+        x_0, _ = _predict(model, x, t, a_t, clip)
+        target = x_0
+        if before is not None and s > 0:  # at s = 0, h is infinite and there is nothing to extrapolate to
+            r = before[0] / h
+            target = (1 + 1 / (2 * r)) * x_0 - 1 / (2 * r) * before[1]
+        x = math.sqrt((1 - a_s) / (1 - a_t)) * x - math.sqrt(a_s) * math.expm1(-h) * target
+        before = h, x_0
+        yield SamplingStep(t, s, x, x_0)
+
+
+def dpmpp_2m_sample(
+    model: Denoiser,
+    x_T: Tensor,
+    schedule: NoiseSchedule,
+    times: Sequence[int] | None = None,
+    clip: float | None = None,
+) -> Tensor:
+    """DPM-Solver++(2M), :eq:`eq-dpmpp-2m`: the probability-flow ODE, second order with one model call a step.
+
+    The first step and the step to t = 0 are of first order, that is, steps of DDIM.
+
+    Arguments, result and errors are those of :func:`ddpm_sample`; as in :func:`ddim_sample`, ``x_T`` alone
+    decides the result.
+
+    Source: Lu et al. (2022), DPM-Solver++, algorithm 2.
+    """
+    return _last(dpmpp_2m_sample_steps(model, x_T, schedule, times, clip))
 
 
 def _predict(model: Denoiser, x: Tensor, t: int, a_t: float, clip: float | None) -> tuple[Tensor, Tensor]:

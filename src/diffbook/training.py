@@ -178,7 +178,7 @@ def _permutation(seed: int, epoch: int, size: int, device: str) -> Tensor:
 
 
 def _step(state: State, x_0: Tensor, y: Tensor) -> Step:
-    """One step of the optimizer and of the moving average."""
+    """One step of the optimizer and of the moving average, :eq:`def-ema`."""
     recipe, device = state.recipe, state.device
     number = state.images // recipe.batch
     lr = recipe.learning_rate(state.images)

@@ -21,7 +21,9 @@ from torch import Tensor, nn
 
 
 def time_embedding(t: Tensor, width: int) -> Tensor:
-    """Sines and cosines of the time at wavelengths from 2π to 20,000π (Vaswani et al. 2017).
+    """Sines and cosines of the time at wavelengths from 2π to 20,000π, :eq:`def-time-embedding`.
+
+    Inner products depend on differences of times only, :eq:`eq-embedding-inner-product`.
 
     Args:
         t: times, shape ``(B,)``.
@@ -32,6 +34,8 @@ def time_embedding(t: Tensor, width: int) -> Tensor:
 
     Raises:
         ValueError: an odd width, or one below 4.
+
+    Source: Vaswani et al. (2017), section 3.5.
     """
     if width < 4 or width % 2:
         raise ValueError(f"the width of a time embedding must be even and at least 4, got {width}")
@@ -44,15 +48,15 @@ def time_embedding(t: Tensor, width: int) -> Tensor:
 def group_norm(width: int) -> nn.GroupNorm:
     """At most 32 groups, of at least four channels (the whole width if it is less).
 
-    A group of one channel would subtract exactly what the embedding adds to that channel: such a network would
-    be blind to the time and the class.
+    A group of one channel would subtract exactly what the embedding adds to that channel, :eq:`eq-norm-blind`: such
+    a network would be blind to the time and the class.
     """
     groups = max(g for g in range(1, 33) if width % g == 0 and (width // g >= 4 or g == 1))
     return nn.GroupNorm(groups, width)
 
 
 def zeroed(layer: nn.Conv2d) -> nn.Conv2d:
-    """The layer with all parameters 0: the branch that ends with it starts as "add nothing"."""
+    """The layer with all parameters 0: the branch that ends with it starts as "add nothing", :eq:`eq-zero-start`."""
     nn.init.zeros_(layer.weight)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
@@ -78,7 +82,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """x + self-attention over all H·W positions of x; keeps the shape ``(B, C, H, W)``."""
+    """x + self-attention over all H·W positions of x, :eq:`def-attention`; keeps the shape ``(B, C, H, W)``."""
 
     def __init__(self, width: int, heads: int = 1) -> None:
         super().__init__()

@@ -107,6 +107,18 @@ def load_model(name: str | Path, device: torch.device | str = "cpu") -> tuple[nn
     return network.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False), recipe
 
 
+def model_card(name: str) -> dict[str, Any]:
+    """What is known of a model of the package: recipe, images seen, seconds, device, curve, measured quality, licence.
+
+    ``diffbook export`` writes it.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    card: dict[str, Any] = json.loads(source_of(name).with_suffix(".json").read_text(encoding="utf-8"))
+    return card
+
+
 def fill(network: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
     """Copy tensors into a network's parameters, in the network's precision.
 
