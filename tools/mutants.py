@@ -9,8 +9,9 @@ samplers; so it gets a copy in which each decorator is written out, ``f = decora
 itself reads it. And it does not know the usual slip in a formula, a function that is lost: √x becomes x.
 
 Left alone by rule: docstrings, type annotations, statements outside of functions, and what the package says in errors
-and warnings (``raise`` and ``warnings.warn``). Nor is None put in the place of a value: whatever test runs such a line
-fails, so these mutants, which are many, would only embellish the number. A mutant is killed when a test fails or hangs.
+and warnings (``raise`` and ``warnings.warn``). Nor is None put in the place of a value: nearly every test that runs
+such a line fails, so these mutants, which are many, would only embellish the number. A mutant is killed when a test
+fails, hangs, or cannot even be imported.
 
 The result goes to tests/mutants/results.json, which the page "Verified equations" shows. A survivor is killed by a new
 test, or tests/mutants/survivors.toml says why no test can kill it.
