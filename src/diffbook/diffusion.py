@@ -168,34 +168,24 @@ def variational_bound(
     if clip is not None and not clip > 0:
         raise ValueError(f"clip must be positive, or None for no clipping, got {clip}")
     x_0, T = _promote("x_0", x_0), schedule.T
-    if parts is not None and (times_per_image is not None or not _are_parts(parts, T)):
-        raise ValueError(f"parts must rise from 2 to at most {T}, without times_per_image, got {list(parts)}")
-    if parts is None:
-        K = T - 1 if times_per_image is None else times_per_image
-        if K < 1 < T or K > T - 1:
-            raise ValueError(f"times_per_image must lie in 1…{T - 1}, got {K}")
-        parts = [2 + i * (T - 1) // K for i in range(K)]
+    parts = _first_times(parts, times_per_image, T)
     if noise is not None and len(noise) != len(parts) + 1:
         raise ValueError(f"noise must have an entry for t = 1 and each of {len(parts)} other times, got {len(noise)}")
 
-    def steps(i: int, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean and variance of q(x_{t-1} | x_t, x_0) at a random x_t, and the mean of p_θ(x_{t-1} | x_t)."""
+    def noisy(i: int, t: Tensor) -> Tensor:
+        """x_t for the i-th call of the model."""
         if noise is None:
             eps = torch.randn(x_0.shape, generator=generator, device=x_0.device, dtype=x_0.dtype)
         else:
             eps = noise[i].to(x_0)
-        x_t = q_sample(x_0, eps, t, schedule)
-        guess = x0_from_eps(x_t, _predict(model, x_t, t), t, schedule)
-        guess = guess if clip is None else guess.clamp(-clip, clip)
-        return *q_posterior(x_0, x_t, t, schedule), q_posterior(guess, x_t, t, schedule)[0]
+        return q_sample(x_0, eps, t, schedule)
 
     t = torch.full((len(x_0),), T, device=x_0.device)
-    zero = torch.zeros_like(x_0[:1])
-    alpha_bar = schedule.at("alpha_bar", t, x_0)
+    alpha_bar, zero = schedule.at("alpha_bar", t, x_0), torch.zeros_like(x_0[:1])
     L_T = _per_image(kl_diagonal(alpha_bar.sqrt() * x_0, 1 - alpha_bar, zero, zero + 1))
 
     t = torch.ones_like(t)
-    mean, sigma2 = steps(0, t)[2], schedule.at("beta", t, x_0)
+    mean, sigma2 = _model_mean(model, noisy(0, t), t, schedule, clip), schedule.at("beta", t, x_0)
     if levels is None:
         L_0 = -_per_image(gaussian_log_prob(x_0, mean, sigma2))
     else:
@@ -205,14 +195,31 @@ def variational_bound(
     times = torch.empty(L_t.shape, dtype=torch.int64, device=x_0.device)
     for i, (start, end) in enumerate(pairwise([*parts, T + 1])):
         t = torch.randint(start, end, (len(x_0),), generator=generator, device=x_0.device)
-        mean_q, var_q, mean_p = steps(i + 1, t)
-        kl = kl_diagonal(mean_q, var_q, mean_p, schedule.at(table, t, x_0))
+        x_t = noisy(i + 1, t)
+        mean, sigma2 = _model_mean(model, x_t, t, schedule, clip), schedule.at(table, t, x_0)
+        kl = kl_diagonal(*q_posterior(x_0, x_t, t, schedule), mean, sigma2)
         L_t[:, i], times[:, i] = (end - start) * _per_image(kl), t
     return VariationalBound(L_T + L_t.sum(1) + L_0, L_T, L_t, L_0, times)
 
 
-def _are_parts(parts: Sequence[int], T: int) -> bool:
-    return len(parts) > 0 and parts[0] == 2 and all(a < b for a, b in pairwise([*parts, T + 1]))
+def _first_times(parts: Sequence[int] | None, times_per_image: int | None, T: int) -> Sequence[int]:
+    """The first times of the parts of 2…T: as given, or of ``times_per_image`` parts of equal length, or 2, 3, …, T."""
+    if parts is None:
+        K = T - 1 if times_per_image is None else times_per_image
+        if K < 1 < T or K > T - 1:
+            raise ValueError(f"times_per_image must lie in 1…{T - 1}, got {K}")
+        return [2 + i * (T - 1) // K for i in range(K)]
+    rising = len(parts) > 0 and parts[0] == 2 and all(a < b for a, b in pairwise([*parts, T + 1]))
+    if times_per_image is not None or not rising:
+        raise ValueError(f"parts must rise from 2 to at most {T}, without times_per_image, got {list(parts)}")
+    return parts
+
+
+def _model_mean(model: Denoiser, x_t: Tensor, t: Tensor, schedule: NoiseSchedule, clip: float | None) -> Tensor:
+    """The mean of p_θ(x_{t-1} | x_t): that of the posterior, with the guess x̂_0 in the place of x_0."""
+    guess = x0_from_eps(x_t, _predict(model, x_t, t), t, schedule)
+    guess = guess if clip is None else guess.clamp(-clip, clip)
+    return q_posterior(guess, x_t, t, schedule)[0]
 
 
 def _per_image(nats: Tensor) -> Tensor:
