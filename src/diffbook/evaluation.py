@@ -141,7 +141,7 @@ def bound_sums(
 ) -> Iterator[list[float]]:
     """The variational bound of images, a hundred at a time, as sums from which :func:`bound_in_bits` makes a result.
 
-    The model is the one that :func:`draw_images` samples from: x̂_0 is bounded to [-1, 1]. Times and noise are a
+    x̂_0 is bounded to [-1, 1], as in :func:`draw_images`; the chain has all T steps. Times and noise are a
     function of the seed and of the place of the hundred in ``x``, on every device, so a computation that was stopped
     goes on, with ``skip``, as if it had not been.
 

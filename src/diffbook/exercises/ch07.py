@@ -14,8 +14,33 @@ _SCALE = math.log(127.5)
 _UNITS = Exercise(
     key="7.1",
     oracle=((_SCALE - 3.2) / math.log(2), 3.2 - _SCALE),
-    tolerance=3e-3,
+    tolerance=1.5e-3,
     mistakes=[
+        Mistake(
+            "order",
+            (3.2 - _SCALE, (_SCALE - 3.2) / math.log(2)),
+            "Both numbers are right. Which one was asked for first?",
+        ),
+        Mistake(
+            "sign of the bits",
+            ((3.2 - _SCALE) / math.log(2), 3.2 - _SCALE),
+            "A file has no negative size. Bits belong to minus the logarithm.",
+        ),
+        Mistake(
+            "multiplied by log 2",
+            ((_SCALE - 3.2) * math.log(2), 3.2 - _SCALE),
+            "One bit is log 2 = 0.69 nats. Are there more bits or more nats?",
+        ),
+        Mistake(
+            "other width of a level",
+            (7 - 3.2 / math.log(2), 3.2 - _SCALE),
+            "You added exactly 7 bits, which belongs to levels that are 1/128 apart. Here they are 2/255 apart.",
+        ),
+        Mistake(
+            "density not stretched",
+            ((_SCALE - 3.2) / math.log(2), 3.2),
+            "A density changes when its axis is stretched; a probability does not.",
+        ),
         Mistake(
             "width of a level forgotten",
             (-3.2 / math.log(2), 3.2 - _SCALE),
@@ -111,6 +136,16 @@ _PARTS = Exercise(
             "The start of the walk back costs something too, unless the schedule ends in noise.",
         ),
         Mistake(
+            "lengths divided by",
+            lambda L_T, L_t, lengths, L_0, dims: _bound(L_T, (L_t / lengths).sum(1), L_0, dims),
+            "The mean term of a part is its sum over n_k. You have the mean term, and need the sum.",
+        ),
+        Mistake(
+            "dims forgotten",
+            lambda L_T, L_t, lengths, L_0, dims: _bound(L_T, (lengths * L_t).sum(1), L_0, 1),
+            "These are the bits of a whole image.",
+        ),
+        Mistake(
             "nats for bits",
             lambda L_T, L_t, lengths, L_0, dims: _bound(L_T, (lengths * L_t).sum(1), L_0, dims) * math.log(2),
             "The middle is right; the result is asked for in bits.",
@@ -154,6 +189,26 @@ _DIAGONAL = Exercise(
             "mixed term once",
             lambda m_a, v_a, m_b, v_b: (m_a - m_b).square().sum() + (v_a + v_b - (v_a * v_b).sqrt()).sum(),
             "How often does the mixed term stand in the square of a difference?",
+        ),
+        Mistake(
+            "root of the mixed term forgotten",
+            lambda m_a, v_a, m_b, v_b: (m_a - m_b).square().sum() + (v_a + v_b - 2 * v_a * v_b).sum(),
+            "The mixed term is a product of standard deviations, not of variances.",
+        ),
+        Mistake(
+            "sign of the mixed term",
+            lambda m_a, v_a, m_b, v_b: (m_a - m_b).square().sum() + (v_a.sqrt() + v_b.sqrt()).square().sum(),
+            "That is the most expensive pairing. Which correlation makes the way short?",
+        ),
+        Mistake(
+            "difference of standard deviations, not squared",
+            lambda m_a, v_a, m_b, v_b: (m_a - m_b).square().sum() + (v_a.sqrt() - v_b.sqrt()).abs().sum(),
+            "Both terms of the equation are squares.",
+        ),
+        Mistake(
+            "sum before the square",
+            lambda m_a, v_a, m_b, v_b: (m_a - m_b).sum().square() + (v_a.sqrt() - v_b.sqrt()).sum().square(),
+            "Differences of opposite sign cancel here. First the square, then the sum.",
         ),
         Mistake(
             "means not squared",
@@ -221,6 +276,16 @@ _EXTRAPOLATED = Exercise(
             "That is c, the slope against 1/N. Where does the line end at 1/N = 0?",
         ),
         Mistake(
+            "c not divided by N",
+            lambda d_1, n_1, d_2, n_2: d_2 - (d_1 - d_2) / (1 / n_1 - 1 / n_2),
+            "You subtracted c. The bias is c/N.",
+        ),
+        Mistake(
+            "plain mean",
+            lambda d_1, n_1, d_2, n_2: (d_1 + d_2) / 2,
+            "The mean of two numbers that are both too large is too large.",
+        ),
+        Mistake(
             "the larger sample taken as exact",
             lambda d_1, n_1, d_2, n_2: d_1 if n_1 > n_2 else d_2,
             "The larger sample has the smaller bias, but it has one.",
@@ -238,6 +303,21 @@ _BIAS = Exercise(
     oracle=(0.03 * _constant(2), _constant(128)),
     tolerance=1e-3,
     mistakes=[
+        Mistake(
+            "order",
+            (_constant(128), 0.03 * _constant(2)),
+            "Both numbers are right. Which one was asked for first?",
+        ),
+        Mistake(
+            "c for the distance",
+            (_constant(2), _constant(128)),
+            "The first number is c itself. What does c have to be divided by?",
+        ),
+        Mistake(
+            "mean of the two numbers of samples",
+            (_constant(2) / 75, _constant(128)),
+            "1/N and 1/M are added, not N and M averaged.",
+        ),
         Mistake(
             "one set taken as exact",
             (0.01 * _constant(2), _constant(128)),
