@@ -158,6 +158,11 @@ _ALGORITHM = Exercise(
             "This trains a network of x_0. The exercise asks for one of ε.",
         ),
         Mistake(
+            "the noisy image as the target",
+            _variant(lambda m, x, c, t, e, g: (q_sample(x, e, t, c) - m(q_sample(x, e, t, c), t)).square().mean()),
+            "x_t is what the network sees. What is it to find in it?",
+        ),
+        Mistake(
             "the clean image as the input",
             _variant(lambda m, x, c, t, e, g: (e - m(x, t)).square().mean()),
             "The network must see the noise that it is to predict.",
@@ -222,6 +227,21 @@ _ATTENTION = Exercise(
             "The numerators are right. What are they divided by?",
         ),
         Mistake(
+            "weights transposed",
+            lambda q, k, v: (q @ k.T / math.sqrt(3)).softmax(1).T @ v,
+            "Row i of the weights belongs to query i, and its columns to the keys: it multiplies v as it is.",
+        ),
+        Mistake(
+            "no root, and the wrong index",
+            _weighted(lambda s: s.softmax(0)),
+            "Two things: by what are the scores divided, and over which index do the weights add up to 1?",
+        ),
+        Mistake(
+            "residual added",
+            lambda q, k, v: v + (q @ k.T / math.sqrt(3)).softmax(1) @ v,
+            "The mean alone is asked for; what it is added to is the layer's matter.",
+        ),
+        Mistake(
             "mean of the keys",
             lambda q, k, v: (q @ k.T / math.sqrt(3)).softmax(1) @ k,
             "The weights are right. What do they average?",
@@ -270,6 +290,16 @@ _LOSSES = Exercise(
             "These are root mean squares. The question asks for mean squares.",
         ),
         Mistake(
+            "divided by the ratio",
+            (0.0125, 0.0625),
+            "The loss of v is the sum of the two. Is yours? Multiply by ᾱ and by 1-ᾱ.",
+        ),
+        Mistake(
+            "equal halves",
+            (0.025, 0.025),
+            "The sum is right. At this t the two are not equally hard: what are their factors?",
+        ),
+        Mistake(
             "signal-to-noise ratio as the factor",
             (0.0125, 0.05),
             "The SNR leads from the error of x_0 to that of ε. You started from the error of v.",
@@ -296,7 +326,7 @@ _UPDATE = Exercise(
         Mistake(
             "no warm-up",
             _mixed(lambda n, d: d),
-            "Right for late steps. With which decay does the first step mix?",
+            "Right for late steps. With which decay does the first step mix? If you have the fraction, look at its brackets.",
         ),
         Mistake(
             "no upper bound",
@@ -332,6 +362,16 @@ _UPDATE = Exercise(
             "brackets",
             _mixed(lambda n, d: min(d, (1 + n) / 10 + n)),
             "Python divides before it adds: the whole of 10 + n belongs below.",
+        ),
+        Mistake(
+            "running mean",
+            lambda a, c, n, d: (n * a + c) / (n + 1),
+            "That weighs all steps alike and never forgets the start. What is the decay after n steps?",
+        ),
+        Mistake(
+            "average only",
+            lambda a, c, n, d: a,
+            "The average never moves. What share of the current weights enters?",
         ),
         Mistake(
             "a sum that grows",
@@ -370,6 +410,16 @@ _FORGET = Exercise(
             "one step too many",
             (0.99**101, 1 / 5005),
             "Count the factors: the first of n steps has the number 0, the last n - 1.",
+        ),
+        Mistake(
+            "one step too few",
+            (0.99**99, 1 / 2002),
+            "Count the factors: after 100 steps there are a hundred of them.",
+        ),
+        Mistake(
+            "a single step",
+            (0.99, 5 / 14),
+            "That is what one step keeps. The start has gone through all of them.",
         ),
         Mistake(
             "one step too many in the warm-up",
