@@ -326,7 +326,7 @@ _UPDATE = Exercise(
         Mistake(
             "no warm-up",
             _mixed(lambda n, d: d),
-            "Right for late steps. With which decay does the first step mix? If you have the fraction, look at its brackets.",
+            "Right for late steps. With which decay does the first step mix? If you have a fraction, see its brackets.",
         ),
         Mistake(
             "no upper bound",
