@@ -320,6 +320,21 @@ def overflow(page: Page) -> list[str]:
     )
 
 
+def cut_formulas(page: Page) -> list[str]:
+    """No formula within a line reaches beyond the window, where it is cut off; displayed ones can be scrolled."""
+    return list(
+        page.evaluate("""() => {
+        const faults = [];
+        for (const e of document.querySelectorAll('mjx-container:not([display="true"])')) {
+            const excess = Math.round(e.getBoundingClientRect().right - document.documentElement.clientWidth);
+            const tex = () => (e.parentElement.closest('p, li, td, dd') || e.parentElement).textContent.trim();
+            if (excess > 0) faults.push(`a formula is cut off by ${excess} px in: ${tex().slice(0, 60)}`);
+        }
+        return faults;
+    }""")
+    )
+
+
 def mathematics(page: Page) -> list[str]:
     """All mathematics was typeset, without an error and without an unknown command."""
     return list(

@@ -126,6 +126,7 @@ def test_page(window: tuple[Page, browser.Listener], home: str, name: str) -> No
     faults += [f"phone: {fault}" for fault in too_wide]
     unfolded = browser.fold(page, False)
     faults += [f"phone, unfolded: {fault}" for fault in browser.overflow(page) if fault not in too_wide]
+    faults += [f"phone: {fault}" for fault in browser.cut_formulas(page)]
     browser.slim(page)
     for size in browser.SIZES:
         if size != "phone":
@@ -255,6 +256,23 @@ def test_overflow_finds_faults(faulty: tuple[Page, browser.Listener]) -> None:
     assert len(browser.overflow(page)) == 1
     assert browser.fold(page, True) == 1
     assert browser.overflow(page) == []
+
+
+def test_cut_formulas_finds_faults(faulty: tuple[Page, browser.Listener]) -> None:
+    """A formula within a line that is wider than the window is reported, one that fits or is displayed is not."""
+    page, _ = faulty
+    assert browser.cut_formulas(page) == []
+    page.evaluate("""() => {
+        for (const [display, width] of [['', 500], ['', 100], ['true', 500]]) {
+            const box = document.createElement('mjx-container');
+            if (display) box.setAttribute('display', display);
+            box.style.cssText = `display: inline-block; width: ${width}px`;
+            box.textContent = 'abc';
+            document.querySelector('main').append(box);
+        }
+    }""")
+    (found,) = browser.cut_formulas(page)
+    assert re.match(r"a formula is cut off by \d+ px in: ", found)
 
 
 def test_axe_finds_faults(faulty: tuple[Page, browser.Listener]) -> None:
