@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import diffbook.data as data
-from diffbook.data import DataError, digits, fashion_mnist, fashion_subset, to_uint8, to_unit_range
+from diffbook.data import DataError, digits, emoji64, fashion_mnist, fashion_subset, to_uint8, to_unit_range
 
 ASSETS = Path(data.__file__).parent / "assets" / "data"
 
@@ -38,7 +38,8 @@ def test_subset_is_part_of_the_whole_in_its_order():
 
 
 def test_assets_stay_within_their_budget():
-    assert sum(f.stat().st_size for f in ASSETS.iterdir()) <= 2 * 2**20
+    assert sum(f.stat().st_size for f in ASSETS.glob("fashion-subset-*")) <= 2 * 2**20
+    assert sum(f.stat().st_size for f in ASSETS.glob("emoji64.*")) <= 10 * 2**20
 
 
 def test_pixel_values_survive_the_round_trip():
@@ -183,7 +184,7 @@ def test_another_file_under_the_right_name(small, tmp_path):
         fashion_mnist("test", root=tmp_path)
 
 
-@pytest.mark.parametrize("load", [fashion_mnist, fashion_subset])
+@pytest.mark.parametrize("load", [fashion_mnist, fashion_subset, emoji64])
 def test_unknown_split(load):
     with pytest.raises(ValueError, match="train, test, got 'validation'"):
         load("validation")

@@ -1,4 +1,4 @@
-"""Data sets as tensors: Fashion-MNIST (all of it, or the bundled subset), digits, and toy sets in the plane.
+"""Data sets as tensors: Fashion-MNIST (all of it, or the bundled subset), digits, emoji, and toy sets in the plane.
 
 Images are kept as uint8 and scaled to [-1, 1] when they are used: a quarter of the memory of float32, on the CPU
 as on a GPU.
@@ -6,18 +6,23 @@ as on a GPU.
 
 from __future__ import annotations
 
+import csv
 import gzip
 import hashlib
+import io
 import lzma
 import math
 import os
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 FASHION_CLASSES = (
@@ -66,6 +71,22 @@ _SUBSET = {
         ),
     ),
 }
+EMOJI_STYLES = ("noto", "twemoji", "fluent")
+EMOJI_TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
+EMOJI_CATEGORIES = (
+    "Smileys & Emotion",
+    "People & Body",
+    "Animals & Nature",
+    "Food & Drink",
+    "Travel & Places",
+    "Activities",
+    "Objects",
+    "Symbols",
+    "Flags",
+)
+EMOJI_SHEET = 16  # the archive keeps the pictures in sheets of so many rows and columns
+_EMOJI_ARCHIVE = resources.files("diffbook") / "assets" / "data" / "emoji64.zip"
+_EMOJI_SHA256 = "905b94ba6b36c107c0e1420b373fbbf08c782611c57bb39ab0bb2fb67783047c"
 # Where Debian's package dataset-fashion-mnist puts the four files.
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 
@@ -95,14 +116,80 @@ class ImageSet:
         """Images as float32 in [-1, 1], shape ``(B, C, H, W)``; all of them without an index."""
         return to_unit_range(self.images if index is None else self.images[index])
 
-    def one_per_class(self) -> ImageSet:
+    def one_per_class(self) -> Self:
         """The first image of each class, in the order of the classes."""
-        first = torch.stack([(self.labels == k).nonzero()[0, 0] for k in range(len(self.classes))])
-        return replace(self, images=self.images[first], labels=self.labels[first])
+        return self.part(torch.stack([(self.labels == k).nonzero()[0, 0] for k in range(len(self.classes))]))
 
-    def to(self, device: torch.device | str) -> ImageSet:
+    def part(self, index: Tensor) -> Self:
+        """The images with these numbers, as a set."""
+        return replace(self, images=self.images[index], labels=self.labels[index])
+
+    def to(self, device: torch.device | str) -> Self:
         """The same set with its tensors on a device."""
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
+
+class Emoji(NamedTuple):
+    """What is known of one picture of :func:`emoji64`.
+
+    Attributes:
+        code: Unicode's code points, in hexadecimal; with ``style`` it names the picture.
+        style: whose drawing, one of ``EMOJI_STYLES``.
+        object: the code without skin tone, the same in all tones and styles.
+        name: lower-case words, the same in all tones and styles.
+        tone: "" where none is chosen; one of ``EMOJI_TONES``; or two of them, "light and dark", for two persons.
+        category: one of ``EMOJI_CATEGORIES``.
+        subcategory: a finer one, such as "animal-bird".
+        split: "train" or "test".
+        factor: of a picture of the test, what is new about it, "style" or "tone"; else "".
+    """
+
+    code: str
+    style: str
+    object: str
+    name: str
+    tone: str
+    category: str
+    subcategory: str
+    split: str = "train"
+    factor: str = ""
+
+    @property
+    def caption(self) -> str:
+        """Words with spaces between them, such as "noto woman firefighter medium-dark skin" or "noto volcano"."""
+        return f"{self.style} {self.name}" + (f" {self.tone} skin" if self.tone else "")
+
+
+@dataclass(frozen=True)
+class CaptionedImages(ImageSet):
+    """Images with captions; a label is the picture's category.
+
+    Attributes:
+        rows: what is known of each image, N of them.
+    """
+
+    rows: tuple[Emoji, ...]
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """The N captions."""
+        return tuple(row.caption for row in self.rows)
+
+    def part(self, index: Tensor) -> Self:
+        """The images with these numbers, as a set."""
+        return replace(super().part(index), rows=tuple(self.rows[i] for i in index.tolist()))
+
+    def where(self, **values: str) -> Tensor:
+        """Numbers of the images whose rows have these values: ``where(style="noto", tone="dark")``; int64, ``(M,)``.
+
+        Raises:
+            ValueError: a row has no such attribute.
+        """
+        unknown = [name for name in values if name not in Emoji._fields]
+        if unknown:
+            raise ValueError(f"a row has {', '.join(Emoji._fields)}, not {unknown[0]!r}")
+        fits = [all(getattr(row, name) == value for name, value in values.items()) for row in self.rows]
+        return torch.tensor(fits, dtype=torch.bool).nonzero()[:, 0]
 
 
 def to_unit_range(images: Tensor) -> Tensor:
@@ -160,6 +247,37 @@ def fashion_subset(split: str = "train") -> ImageSet:
         return _read_image_set(folder, files)
 
 
+def emoji64(split: str = "train") -> CaptionedImages:
+    """Emoji in three artists' styles, 64×64 in colour on white, with captions; they come with the package.
+
+    Noto by Google, Twemoji by Twitter, and Fluent by Microsoft. The test holds combinations of object, tone and style
+    that the training images lack, though each of the three occurs in them: an object without skin tones in one of its
+    styles (factor "style"), and an object with skin tones, in a style, in one of its tones (factor "tone"). No image of
+    the test looks like one for training. Built by ``tools/build_emoji64.py``; ``emoji64.json`` has counts and quality.
+
+    Raises:
+        ValueError: unknown split.
+        DataError: the bundled file is damaged, or Pillow was built without AVIF.
+    """
+    from PIL import Image, features
+
+    if split not in ("train", "test"):
+        raise ValueError(f"split must be one of train, test, got {split!r}")
+    content = _EMOJI_ARCHIVE.read_bytes()
+    if hashlib.sha256(content).hexdigest() != _EMOJI_SHA256:
+        raise DataError(f"{_EMOJI_ARCHIVE} is not the expected file (wrong checksum): install the package again")
+    if not features.check("avif"):
+        raise DataError("emoji64 needs a Pillow that reads AVIF: install pillow from pip")
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        table = list(csv.DictReader(io.TextIOWrapper(archive.open("captions.csv"), "utf-8")))
+        rows = tuple(Emoji(*(line[name] for name in Emoji._fields)) for line in table if line["split"] == split)
+        names = sorted(name for name in archive.namelist() if name.startswith(split))
+        sheets = [np.asarray(Image.open(io.BytesIO(archive.read(name))).convert("RGB")) for name in names]
+    images = torch.cat([_cut(sheet) for sheet in sheets])[: len(rows)]
+    labels = torch.tensor([EMOJI_CATEGORIES.index(row.category) for row in rows])
+    return CaptionedImages(images, labels, EMOJI_CATEGORIES, rows)
+
+
 def digits() -> ImageSet:
     """scikit-learn's handwritten digits: 1,797 images of 8×8 (17 grey levels, stretched to 0 … 255)."""
     from sklearn.datasets import load_digits  # slow to import, and not needed for training on a GPU
@@ -196,6 +314,7 @@ IMAGE_SETS: dict[str, Callable[..., ImageSet]] = {
     "fashion-mnist": fashion_mnist,
     "fashion-subset": fashion_subset,
     "digits": digits,
+    "emoji64": emoji64,
 }
 TOY_SETS: dict[str, Callable[..., Tensor]] = {
     "two-moons": two_moons,
@@ -263,6 +382,13 @@ def _read_idx(folder: Path, name: str, sha256: str) -> Tensor:
     shape = np.frombuffer(raw, ">u4", count=raw[3], offset=4).astype(int).tolist()
     values = np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3])
     return torch.from_numpy(values.copy()).reshape(shape)
+
+
+def _cut(sheet: NDArray[np.uint8]) -> Tensor:
+    """The pictures of a sheet, row by row; uint8, shape ``(N, 3, S, S)``."""
+    size = sheet.shape[1] // EMOJI_SHEET
+    grid = torch.from_numpy(sheet.copy()).unflatten(0, (-1, size)).unflatten(2, (EMOJI_SHEET, size))
+    return grid.permute(0, 2, 4, 1, 3).flatten(0, 1)
 
 
 def _standardise(x: Tensor) -> Tensor:
