@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from PIL import Image
 from diffbook.classifier import Classifier
 from diffbook.cli import main
 from diffbook.recipes import RECIPES
+from diffbook.training import train
 from diffbook.weights import checkpoints, load_model, read_tensors, write_tensors
 
 
@@ -123,7 +125,7 @@ def test_recipes(capsys):
         (["sample", "RUN", "--number", "0"], "--number must be at least 1, got 0"),
         (["sample", "RUN", "--steps", "0"], "--steps must be at least 1, got 0"),
         (["train", "fashion-smoke", "--images", "96", "--seed", "5", "--folder", "RUN"], "seed was 0 and is 5"),
-        (["sample", "CLASSIFIER"], "is no diffusion model"),
+        (["sample", "CLASSIFIER"], "is no diffusion model of images with classes"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_1(arguments, words, run_folder, classifier, capfd):
@@ -160,3 +162,47 @@ def test_bits_per_dim_go_on_where_they_stopped(run_folder, tmp_path, monkeypatch
     assert null["classes"] == "null" and null["bits_per_dim"] != whole["bits_per_dim"]
     stopped.write_text("[[")
     assert main(command) == 1 and "is damaged" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    """The folder of a VAE's run of three steps."""
+    folder = tmp_path_factory.mktemp("vae")
+    recipe = RECIPES["fashion-vae"]
+    options = recipe.options | {"widths": [8, 16], "blocks": 1}
+    for _ in train(replace(recipe, options=options, data="fashion-subset", images=96), folder):
+        pass
+    return str(folder)
+
+
+def test_a_vae_is_sampled_and_evaluated(vae, classifier, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = tmp_path / "s.png"
+    assert as_json(capsys, "sample", vae, "--number", "12", "--to", str(path))["images"] == 12
+    first = path.read_bytes()
+    as_json(capsys, "sample", vae, "--number", "12", "--to", str(path), "--seed", "1")
+    assert path.read_bytes() != first
+    result = as_json(capsys, "evaluate", vae, "--number", "30", "--classifier", str(classifier))
+    assert result["frechet_distance"] > 0 and result["classes"] == "none" and result["sampler"] == "decoder mean"
+    bits = ["evaluate", vae, "--metric", "bits", "--number", "150", "--importance"]
+    one, many = as_json(capsys, *bits, "1"), as_json(capsys, *bits, "30")
+    assert one["importance_samples"] == 1 and one["images"] == 150 and one["standard_error"] > 0
+    assert many["bits_per_dim"] < one["bits_per_dim"]
+    assert main([*bits, "0"]) == 1 and "--importance must be at least 1, got 0" in capsys.readouterr().err
+    assert main(["sample", vae, "--label", "3"]) == 1 and "is a VAE without classes" in capsys.readouterr().err
+
+
+def test_evaluate_without_classes(run_folder, classifier, capsys):
+    arguments = ["evaluate", str(run_folder), "--steps", "2", "--number", "20", "--classifier", str(classifier)]
+    given, null = as_json(capsys, *arguments), as_json(capsys, *arguments, "--null")
+    assert given["classes"] == "given" and null["classes"] == "null"
+    assert given["frechet_distance"] != null["frechet_distance"]
+
+
+def test_neighbours(run_folder, vae, capsys):
+    for folder, classes in ((run_folder, "given"), (vae, "none")):
+        arguments = ["evaluate", str(folder), "--metric", "neighbours", "--steps", "2", "--number", "20"]
+        result = as_json(capsys, *arguments)
+        assert 0 < result["smallest_distance"] <= result["median_distance"] and result["classes"] == classes
+        assert result["nearer_than_99_percent_of_test_images"] == 0 and result["images"] == 20
+        assert "train, 4500 images" in result["reference"]

@@ -9,6 +9,7 @@ import pytest
 import scipy.linalg
 import torch
 
+from diffbook.autoencoder import importance_weighted_bound
 from diffbook.classifier import Classifier
 from diffbook.data import fashion_subset
 from diffbook.diffusion import variational_bound
@@ -17,11 +18,14 @@ from diffbook.evaluation import (
     bits_per_dim,
     bound_in_bits,
     bound_sums,
+    decode_images,
     draw_images,
     frechet_distance,
     frechet_jackknife,
     geometric_parts,
     image_features,
+    importance_in_bits,
+    importance_sums,
     nearest_neighbours,
     precision_recall,
 )
@@ -218,3 +222,24 @@ def test_bound_sums_go_on_where_they_stopped_and_give_bits():
     assert bits["bits_per_dim"] == pytest.approx(per_image.mean().item(), rel=1e-5)
     assert bits["standard_error"] == pytest.approx(per_image.std().item() / math.sqrt(50), rel=1e-3)
     assert bits["L_T"] + bits["L_t"] + bits["L_0"] == pytest.approx(bits["bits_per_dim"], rel=1e-5)
+
+
+def test_importance_sums_go_on_where_they_stopped_and_give_bits():
+    vae, x = RECIPES["fashion-vae"].build().eval(), fashion_subset("test").x(slice(150))
+    whole = list(importance_sums(vae, x, 3, seed=1))
+    assert [row[0] for row in whole] == [100, 50]
+    assert list(importance_sums(vae, x, 3, seed=1, skip=1)) == whole[1:]
+    assert next(importance_sums(vae, x, 3, seed=2)) != whole[0]
+    with torch.no_grad():
+        bound = -importance_weighted_bound(vae, x[100:], 3, stream(1, "bound", 100)).double()
+    bits, per_image = importance_in_bits(whole[1:], 784), bits_per_dim(bound, 784)
+    assert bits["bits_per_dim"] == pytest.approx(per_image.mean().item(), rel=1e-6)
+    assert bits["standard_error"] == pytest.approx(per_image.std().item() / math.sqrt(50), rel=1e-4)
+
+
+def test_decoded_images_do_not_depend_on_the_batch():
+    vae = RECIPES["fashion-vae"].build().eval()
+    one, two = (torch.cat(list(decode_images(vae, 7, seed=3, batch=b))) for b in (3, 7))
+    assert one.shape == (7, 1, 28, 28) and one.abs().max() <= 1
+    assert torch.allclose(one, two, atol=1e-5)
+    assert not torch.allclose(one, torch.cat(list(decode_images(vae, 7, seed=4))), atol=1e-3)

@@ -197,8 +197,8 @@ BUDGETS = {  # MiB
     "src/diffbook/assets/data/": 12,
     "src/diffbook/assets/weights/": 16,
     "notebooks/": 5,
-    "book/_static/vendor/": 6,
-    "": 1,
+    "book/_static/vendor/": 5,
+    "": 2,
 }
 
 

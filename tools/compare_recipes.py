@@ -44,16 +44,16 @@ def _base() -> Diffusion:
 BASE = _base()
 PLAIN = {"channels": 1, "widths": [32, 64, 128], "blocks": 2, "attention": [1, 2], "classes": 10}
 VARIANTS: dict[str, tuple[str, Diffusion]] = {
-    "base": ("base: predicts v, cosine schedule, EMA, LiteUNet with widths 48 and 96", BASE),
+    "base": ("the base", BASE),
     "eps": ("predicts ε", replace(BASE, predicts="eps")),
     "x_0": ("predicts x_0", replace(BASE, predicts="x_0")),
     "linear": ("linear schedule", replace(BASE, schedule="linear")),
-    "eps-linear": ("predicts ε, linear schedule (as Ho et al. 2020)", replace(BASE, predicts="eps", schedule="linear")),
+    "eps-linear": ("predicts ε, linear schedule", replace(BASE, predicts="eps", schedule="linear")),
     # In so short a run the warm-up of the EMA holds its decay below 0.997: a longer EMA would be the base again.
-    "ema-short": ("a shorter EMA, of decay 0.99", replace(BASE, ema=0.99)),
+    "ema-short": ("shorter EMA", replace(BASE, ema=0.99)),
     "ema-none": ("no EMA", replace(BASE, ema=0.0)),
     "deeper": ("two blocks a level", replace(BASE, options=BASE.options | {"blocks": 2})),
-    "plain": ("the plain U-Net with widths 32, 64 and 128", replace(BASE, network="UNet", options=PLAIN)),
+    "plain": ("plain U-Net", replace(BASE, network="UNet", options=PLAIN)),
 }
 
 
@@ -110,14 +110,19 @@ def table(results: list[dict[str, Any]]) -> str:
         found = [r for r in results if r["variant"] == name]
         if found:
             distances = [r["frechet_distance"] for r in found]
-            spread = f" ± {stdev(distances):.2f}" if len(found) > 1 else ""
+            spread = f" ± {stdev(distances):.1f}" if len(found) > 1 else ""
             million = found[0]["parameters"] / 1e6
-            row = (
-                f"| {about} | {million:.2f} M | {found[0]['images']:,} | {len(found)} | {mean(distances):.2f}{spread} |"
-            )
+            seen = f"{found[0]['images']:,} | {million:.2f} M"
+            row = f"| {about} | {mean(distances):.1f}{spread} | {len(found)} | {seen} |"
             rows.append((mean(distances), row))
-    head = "| what | parameters | images seen | seeds | Fréchet distance |\n|---|---|---|---|---|\n"
+    head = "| what | Fréchet distance | seeds | images seen | parameters |\n|---|---|---|---|---|\n"
     return "<!-- tried -->\n\n" + head + "\n".join(row for _, row in sorted(rows)) + "\n\n<!-- /tried -->"
+
+
+def write_page() -> None:
+    """Put the table of what is stored into the page."""
+    page = MARKED.sub(lambda _: table(read_results()), PAGE.read_text(encoding="utf-8"))
+    write_atomically(PAGE, page.encode())
 
 
 def main() -> None:
@@ -132,9 +137,8 @@ def main() -> None:
                 results = [*results, measure(name, seed)]
                 text = "[\n" + ",\n".join(json.dumps(r, sort_keys=True) for r in results) + "\n]\n"
                 write_atomically(RESULTS, text.encode())
-    if PAGE.exists():
-        page = MARKED.sub(lambda _: table(read_results()), PAGE.read_text(encoding="utf-8"))
-        write_atomically(PAGE, page.encode())
+                write_page()
+    write_page()
 
 
 if __name__ == "__main__":

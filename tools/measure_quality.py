@@ -1,10 +1,11 @@
-"""Measure how good the shipped diffusion model is, and write it into its model card.
+"""Measure how good the shipped models are, and write it into their model cards.
 
-    python tools/measure_quality.py [--model NAME] [--jobs N]
+    python tools/measure_quality.py [--model NAME …] [--jobs N]
 
-Runs `diffbook evaluate` for each line of EVALUATIONS, N at a time on one core each (about 40 minutes for N = 2), and
+Runs `diffbook evaluate` for each line of EVALUATIONS, N at a time on one core each (about 50 minutes for N = 2), and
 keeps each result in the cache under the checksum of the weights and of the arguments: an interrupted run goes on, and
-other weights are measured anew. The results become the list "quality" of the card, which the chapters read.
+other weights are measured anew. How long an image takes is measured at the end, the models in turn. The results become
+the list "quality" of the card, which the chapters read.
 """
 
 from __future__ import annotations
@@ -15,11 +16,20 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from statistics import median
 from typing import Any
 
+import torch
+
+from diffbook.autoencoder import VAE
 from diffbook.data import cache_folder
-from diffbook.weights import model_card, source_of, write_atomically
+from diffbook.evaluation import decode_images, draw_images
+from diffbook.recipes import Diffusion
+from diffbook.weights import load_model, model_card, source_of, write_atomically
 
 
 def _draws(sampler: str, steps: int, number: int, guidance: float = 1.0) -> list[str]:
@@ -30,7 +40,7 @@ def _bits(variance: str, number: int, *more: str) -> list[str]:
     return ["--metric", "bits", "--variance", variance, "--number", str(number), *more]
 
 
-EVALUATIONS: list[list[str]] = [
+PIXEL = [
     # the number that is quoted, and its neighbours
     *[_draws(sampler, steps, 10_000) for sampler, steps in (("dpmpp", 20), ("ddim", 50), ("ddim", 20))],
     # quality against the number of network calls
@@ -43,7 +53,20 @@ EVALUATIONS: list[list[str]] = [
     _bits("beta", 5000),
     _bits("beta", 5000, "--null"),
     _bits("beta_tilde", 1000),
+    # without classes, as the VAE is
+    [*_draws("dpmpp", 20, 10_000), "--null"],
+    # copies of training images
+    ["--metric", "neighbours", *_draws("dpmpp", 20, 2000)],
 ]
+EVALUATIONS: dict[str, list[list[str]]] = {
+    "fashion-cpu": PIXEL,
+    "fashion-vae": [
+        ["--number", "10000"],
+        ["--metric", "neighbours", "--number", "2000"],
+        *[["--metric", "bits", "--number", "5000", "--importance", str(K)] for K in (1, 10, 100)],
+    ],
+}
+TIMED, ROUNDS = 64, 9  # images drawn at once, and how often
 
 
 def result(model: str, arguments: list[str]) -> dict[str, Any]:
@@ -62,16 +85,40 @@ def result(model: str, arguments: list[str]) -> dict[str, Any]:
     return found
 
 
+def seconds_per_image(models: list[str]) -> dict[str, dict[str, Any]]:
+    """Median seconds an image, on one thread; the models take turns, so that other programs disturb all alike."""
+    torch.set_num_threads(1)
+    draw: dict[str, Callable[[], Any]] = {}
+    for name in models:
+        network, recipe = load_model(name)
+        if isinstance(recipe, Diffusion):
+            null = torch.full((TIMED,), recipe.options["classes"])
+            draw[name] = partial(lambda *a: list(draw_images(*a, sampler="dpmpp")), network, recipe, null)
+        elif isinstance(network, VAE):
+            draw[name] = partial(lambda *a: list(decode_images(*a)), network, TIMED)
+    seconds: dict[str, list[float]] = {name: [] for name in draw}
+    for _ in range(ROUNDS):
+        for name in draw:
+            start = time.perf_counter()
+            draw[name]()
+            seconds[name].append((time.perf_counter() - start) / TIMED)
+    about = {"images": TIMED, "rounds": ROUNDS, "threads": 1, "measured_with": sorted(draw)}
+    return {name: {"seconds_per_image": float(f"{median(s):.3g}")} | about for name, s in seconds.items()}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure the shipped diffusion model, and write its card.")
-    parser.add_argument("--model", default="fashion-cpu", help="default: fashion-cpu")
+    parser = argparse.ArgumentParser(description="Measure the shipped models, and write their cards.")
+    parser.add_argument("--model", nargs="*", choices=EVALUATIONS, default=list(EVALUATIONS), help="default: all")
     parser.add_argument("--jobs", type=int, default=2, help="evaluations at a time (default: 2)")
     options = parser.parse_args()
     with ThreadPoolExecutor(options.jobs) as pool:
-        quality = list(pool.map(lambda arguments: result(options.model, arguments), EVALUATIONS))
-    card = model_card(options.model) | {"quality": quality}
-    path = source_of(options.model).with_suffix(".json")
-    write_atomically(path, (json.dumps(card, indent=1, sort_keys=True) + "\n").encode())
+        work = {name: [pool.submit(result, name, a) for a in EVALUATIONS[name]] for name in options.model}
+        quality = {name: [future.result() for future in futures] for name, futures in work.items()}
+    speed = seconds_per_image(list(EVALUATIONS))
+    for name, results in quality.items():
+        card = model_card(name) | {"quality": [*results, speed[name]]}
+        path = source_of(name).with_suffix(".json")
+        write_atomically(path, (json.dumps(card, indent=1, sort_keys=True) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -42,13 +42,19 @@ from mutation import reasons, state_of  # noqa: E402
 WORK = ROOT / ".cache" / "mutants"
 RESULTS = ROOT / "tests" / "mutants" / "results.json"
 REASONS = ROOT / "tests" / "mutants" / "survivors.toml"
-MODULES = ("schedule", "gaussian", "diffusion", "sampling")
+MODULES = ("schedule", "gaussian", "diffusion", "sampling", "autoencoder")
 # The fast tests that compare with something exact, by file, and which of them to leave out: long chains, of which the
 # shorter ones say the same.
-TESTS = ["test_schedule.py", "test_gaussian.py", "test_diffusion.py", "test_sampling.py"]
-TESTS += ["test_unet.py", *(f"equations/test_chapter_{chapter}.py" for chapter in ("00", "01", "02", "03", "04", "06"))]
+TESTS = ["test_schedule.py", "test_gaussian.py", "test_diffusion.py", "test_sampling.py", "test_autoencoder.py"]
+TESTS += ["test_latent.py"]
+TESTS += [
+    "test_unet.py",
+    *(f"equations/test_chapter_{chapter}.py" for chapter in ("00", "01", "02", "03", "04", "06", "08", "09")),
+]
 OF_TEST_UNET = "as_eps or guid"  # as_eps and guided are functions of sampling.py, tested there with a network
-SELECTION = f"not (TestAgainstDiffusers and 1000) and not order_of_convergence and (not test_unet or {OF_TEST_UNET})"
+OF_TEST_LATENT = "TestSpatialVAE and not by_its_recipe"
+SELECTION = "not (TestAgainstDiffusers and 1000) and not order_of_convergence"
+SELECTION += f" and (not test_unet or {OF_TEST_UNET}) and (not test_latent or {OF_TEST_LATENT})"
 LEAST = 0.95  # of the mutants of each module has to be killed
 FUNCTIONS = set(
     "abs clamp cos cumprod exp expm1 log log1p log_ndtr logsumexp mean round softmax sqrt square sum".split()
@@ -74,6 +80,7 @@ use_git_change_detection = false
 
 # What is imported once. Not the tests: pytest gives some of them other names when they are collected again.
 PRELOAD = """\
+diffbook.autoencoder
 diffbook.sampling
 diffusers.schedulers.scheduling_ddim
 diffusers.schedulers.scheduling_ddpm

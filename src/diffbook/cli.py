@@ -7,7 +7,7 @@ import hashlib
 import json
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,23 +15,36 @@ import torch
 from torch import Tensor
 
 import diffbook
+from diffbook.autoencoder import VAE
 from diffbook.classifier import Classifier
-from diffbook.data import IMAGE_SETS, TOY_SETS, ImageSet, cache_folder
+from diffbook.data import IMAGE_SETS, TOY_SETS, ImageSet, cache_folder, emoji_rows
 from diffbook.evaluation import (
     SAMPLERS,
     accuracy,
     bound_in_bits,
     bound_sums,
+    decode_images,
     draw_images,
     frechet_distance,
     frechet_jackknife,
     geometric_parts,
     image_features,
+    importance_in_bits,
+    importance_sums,
+    nearest_neighbours,
     precision_recall,
 )
-from diffbook.recipes import RECIPES, Diffusion, find_recipe
+from diffbook.recipes import RECIPES, CaptionedDiffusion, Diffusion, Recipe, find_recipe
 from diffbook.training import read_log, train
-from diffbook.weights import checkpoints, load_model, read_tensors, source_of, write_atomically, write_tensors
+from diffbook.weights import (
+    checkpoints,
+    latent_diffusion,
+    load_model,
+    read_tensors,
+    source_of,
+    write_atomically,
+    write_tensors,
+)
 
 GRID_EVERY = 50_000  # images between two grids of samples
 
@@ -119,10 +132,8 @@ def train_model(options: argparse.Namespace) -> dict[str, object]:
                 bar.set_postfix(loss=f"{step.loss:.4f}", refresh=False)
                 last = step.images >= recipe.images
                 crossed = step.images // GRID_EVERY > (step.images - recipe.batch) // GRID_EVERY
-                if isinstance(recipe, Diffusion) and (crossed or last):
-                    y = torch.arange(80) % recipe.options["classes"]
-                    x = torch.cat(list(draw_images(step.averaged, recipe, y)))
-                    save_grid(x, folder / f"samples-{step.images:012d}.png", 10)
+                if crossed or last:
+                    _save_samples(step.averaged, recipe, folder / f"samples-{step.images:012d}.png")
                 if stopped:
                     break
     finally:
@@ -137,11 +148,16 @@ def train_model(options: argparse.Namespace) -> dict[str, object]:
 
 def sample(options: argparse.Namespace) -> dict[str, object]:
     """Draw images and write them as one PNG."""
+    network, recipe = load_model(options.name, _device(options.device))
+    _check_counts(options)
+    if isinstance(network, VAE):
+        return _sample_vae(network, recipe, options)
+    if isinstance(recipe, CaptionedDiffusion):
+        return _sample_captions(options)
     network, recipe = _diffusion(options)
     K = recipe.options["classes"]
     if options.label is not None and not 0 <= options.label <= K:
         raise ValueError(f"--label must lie in 0…{K} ({K} for no class), got {options.label}")
-    _check_counts(options)
     y = torch.arange(options.number) % K if options.label is None else torch.full((options.number,), options.label)
     x = _draw(network, recipe, y, options)
     path = options.to or Path(f"{recipe.name}.png")
@@ -150,82 +166,151 @@ def sample(options: argparse.Namespace) -> dict[str, object]:
     return drawn | {"steps": options.steps, "guidance": options.guidance, "seed": options.seed}
 
 
+def _sample_vae(vae: VAE, recipe: Recipe, options: argparse.Namespace) -> dict[str, object]:
+    """As :func:`sample`, for a VAE, which has neither classes nor steps."""
+    if options.label is not None:
+        raise ValueError(f"--label: {options.name} is a VAE without classes; leave it out")
+    path = options.to or Path(f"{recipe.name}.png")
+    save_grid(torch.cat(list(decode_images(vae, options.number, options.seed))), path, min(10, options.number))
+    return {"name": recipe.name, "images": options.number, "file": str(path), "seed": options.seed}
+
+
+def _sample_captions(options: argparse.Namespace) -> dict[str, object]:
+    """As :func:`sample`, for a model of captions: all captions in turn."""
+    if options.label is not None:
+        raise ValueError(f"--label: {options.name} has captions in the place of classes; use --caption")
+    model = latent_diffusion(*load_model(options.name, _device(options.device)))
+    captions = options.caption or [""]
+    x = model.sample(
+        [captions[i % len(captions)] for i in range(options.number)], options.steps, options.guidance, options.seed
+    )
+    path = options.to or Path(f"{Path(options.name).name}.png")
+    save_grid(x, path, min(max(len(captions), 8), options.number))
+    drawn = {"name": options.name, "images": len(x), "file": str(path), "captions": captions}
+    return drawn | {"steps": options.steps, "guidance": options.guidance, "seed": options.seed}
+
+
 def evaluate(options: argparse.Namespace) -> dict[str, object]:
-    """Measure a classifier's accuracy, or a diffusion model's Fréchet distance to the test set, or its bits per dim."""
-    device = _device(options.device)
-    network, recipe = load_model(options.name, device)
+    """Measure a classifier's accuracy, or a generative model's Fréchet distance to the test set or its bits per dim."""
+    network, recipe = load_model(options.name, _device(options.device))
+    _check_counts(options)
     test = IMAGE_SETS[recipe.data]("test")
-    result: dict[str, object]
     if isinstance(network, Classifier):
-        result = {"accuracy": round(accuracy(network, test), 4), "images": len(test)}
+        result: dict[str, object] = {"accuracy": round(accuracy(network, test), 4), "images": len(test)}
     elif options.metric == "bits":
-        network, recipe = _diffusion(options)
-        _check_counts(options)
         result = _bits_per_dim(network, recipe, test, options)
+    elif options.metric == "neighbours":
+        result = _neighbours(network, recipe, test, options)
     else:
-        network, recipe = _diffusion(options)
-        _check_counts(options)
-        classifier, _ = load_model(options.classifier, device)
-        if not isinstance(classifier, Classifier):
-            raise ValueError(f"{options.classifier} is no classifier")
-        x = _draw(network, recipe, torch.arange(options.number) % recipe.options["classes"], options)
-        features, reference = image_features(classifier, x), image_features(classifier, test.x())
-        distance = frechet_jackknife(features, reference)
-        precision, recall = precision_recall(reference, features)
-        real = IMAGE_SETS[recipe.data]("train").x(slice(options.number))
-        result = {
-            "frechet_distance": round(distance.value, 4),
-            "standard_error": round(distance.standard_error, 4),
-            "bias": round(distance.bias, 4),
-            "by_number": _by_number(features, reference),
-            "real": round(frechet_distance(image_features(classifier, real), reference), 4),
-            "precision": round(precision, 4),
-            "recall": round(recall, 4),
-            "classifier": options.classifier,
-            "images": options.number,
-            "reference": f"{recipe.data}, test, {len(test)} images",
-            "sampler": SAMPLERS[options.sampler][0],
-            "steps": options.steps,
-            "guidance": options.guidance,
-            "seed": options.seed,
-        }
+        result = _frechet(network, recipe, test, options)
     return {"name": options.name} | result
 
 
-def _bits_per_dim(
-    network: torch.nn.Module, recipe: Diffusion, test: ImageSet, options: argparse.Namespace
+def _frechet(
+    network: torch.nn.Module, recipe: Recipe, test: ImageSet, options: argparse.Namespace
 ) -> dict[str, object]:
-    """Bits per dimension by the variational bound. What is done is kept in the cache, and not done again."""
+    """Fréchet distance, precision and recall of what a diffusion model or a VAE draws."""
+    classifier, _ = load_model(options.classifier, _device(options.device))
+    if not isinstance(classifier, Classifier):
+        raise ValueError(f"{options.classifier} is no classifier")
+    x, how = _drawn(network, options)
+    features, reference = image_features(classifier, x), image_features(classifier, test.x())
+    distance = frechet_jackknife(features, reference)
+    precision, recall = precision_recall(reference, features)
+    real = IMAGE_SETS[recipe.data]("train").x(slice(options.number))
+    return {
+        "frechet_distance": round(distance.value, 4),
+        "standard_error": round(distance.standard_error, 4),
+        "bias": round(distance.bias, 4),
+        "by_number": _by_number(features, reference),
+        "real": round(frechet_distance(image_features(classifier, real), reference), 4),
+        "precision": round(precision, 4),
+        "recall": round(recall, 4),
+        "classifier": options.classifier,
+        "images": options.number,
+        "reference": f"{recipe.data}, test, {len(test)} images",
+        "seed": options.seed,
+    } | how
+
+
+def _neighbours(
+    network: torch.nn.Module, recipe: Recipe, test: ImageSet, options: argparse.Namespace
+) -> dict[str, object]:
+    """How near to the training set a model's images are, and how near the test images are, which nobody copied."""
+    train = IMAGE_SETS[recipe.data]("train")
+    x, how = _drawn(network, options)
+    drawn, usual = (nearest_neighbours(images, train.x())[0][:, 0] for images in (x.cpu(), test.x()))
+    threshold = usual.quantile(0.01)
+    return {
+        "metric": "neighbours",
+        "median_distance": round(drawn.median().item(), 4),
+        "median_distance_of_test_images": round(usual.median().item(), 4),
+        "smallest_distance": round(drawn.min().item(), 4),
+        "nearer_than_99_percent_of_test_images": round((drawn < threshold).double().mean().item(), 4),
+        "images": options.number,
+        "reference": f"{recipe.data}, train, {len(train)} images",
+        "seed": options.seed,
+    } | how
+
+
+def _drawn(network: torch.nn.Module, options: argparse.Namespace) -> tuple[Tensor, dict[str, object]]:
+    """Images of a diffusion model or a VAE as the options ask for them, and how they were drawn."""
+    if isinstance(network, VAE):
+        x = torch.cat(list(decode_images(network, options.number, options.seed)))
+        return x, {"classes": "none", "sampler": "decoder mean", "steps": 1}
+    network, recipe = _diffusion(options)
+    K = recipe.options["classes"]
+    y = torch.full((options.number,), K) if options.null else torch.arange(options.number) % K
+    how = {"classes": "null" if options.null else "given", "sampler": SAMPLERS[options.sampler][0]}
+    return _draw(network, recipe, y, options), how | {"steps": options.steps, "guidance": options.guidance}
+
+
+def _bits_per_dim(
+    network: torch.nn.Module, recipe: Recipe, test: ImageSet, options: argparse.Namespace
+) -> dict[str, object]:
+    """Bits per dimension by the variational bound of a diffusion model, or the importance-weighted bound of a VAE."""
+    x, y, seed = test.x(slice(options.number)), test.labels[: options.number], options.seed
+    about: dict[str, object] = {"images": len(x), "reference": f"{recipe.data}, test, {len(test)} images", "seed": seed}
+    if isinstance(network, VAE):
+        K, vae = options.importance, network
+        about |= {"classes": "none", "importance_samples": K}
+        sums = _kept_sums(lambda skip: importance_sums(vae, x, K, seed, skip), about, options)
+        bits = importance_in_bits(sums, x[0].numel())
+    else:
+        denoiser, diffusion = _diffusion(options)
+        parts, variance = geometric_parts(diffusion.T, options.times), options.variance
+        about |= {"times_per_image": len(parts), "classes": "null" if options.null else "given", "variance": variance}
+        if options.null:
+            y = torch.full_like(y, diffusion.options["classes"])
+        sums = _kept_sums(
+            lambda skip: bound_sums(denoiser, diffusion, x, y, variance, parts, seed, skip), about, options
+        )
+        bits = bound_in_bits(sums, x[0].numel())
+    return {name: float(f"{value:.4g}") for name, value in bits.items()} | about
+
+
+def _kept_sums(
+    rows: Callable[[int], Iterator[list[float]]], about: dict[str, object], options: argparse.Namespace
+) -> list[list[float]]:
+    """The rows, with a progress bar. What is done is kept in the cache, and not done again."""
     from tqdm import tqdm
 
-    x, y = test.x(slice(options.number)), test.labels[: options.number]
-    parts = geometric_parts(recipe.T, options.times)
-    about: dict[str, object] = {
-        "images": len(x),
-        "reference": f"{recipe.data}, test, {len(test)} images",
-        "times_per_image": len(parts),
-        "classes": "null" if options.null else "given",
-        "variance": options.variance,
-        "seed": options.seed,
-    }
     weights = hashlib.sha256(source_of(options.name).read_bytes()).hexdigest()
     key = json.dumps([weights, options.device, torch.__version__, about], sort_keys=True)
     path = cache_folder() / "bounds" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        sums = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        sums: list[list[float]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
         done = sum(int(row[0]) for row in sums)
     except (ValueError, TypeError, KeyError, IndexError) as error:
         raise ValueError(f"{path} is damaged ({error}); delete it") from error
-    if options.null:
-        y = torch.full_like(y, recipe.options["classes"])
-    with tqdm(total=len(x), initial=done, unit=" images", disable=None if not options.json else True) as bar:
-        for row in bound_sums(network, recipe, x, y, options.variance, parts, options.seed, skip=len(sums)):
+    disable = None if not options.json else True
+    with tqdm(total=about["images"], initial=done, unit=" images", disable=disable) as bar:
+        for row in rows(len(sums)):
             sums.append(row)
             write_atomically(path, json.dumps(sums).encode())
             bar.update(int(row[0]))
-    rounded = {name: float(f"{value:.4g}") for name, value in bound_in_bits(sums, x[0].numel()).items()}
-    return rounded | about
+    return sums
 
 
 def _by_number(features: Tensor, reference: Tensor) -> list[list[float]]:
@@ -256,6 +341,18 @@ def export(options: argparse.Namespace) -> dict[str, object]:
     return {"name": recipe.name, "file": str(path), "bytes": path.stat().st_size}
 
 
+def _save_samples(network: torch.nn.Module, recipe: Recipe, path: Path) -> None:
+    """Eighty images of a model that can draw, as one PNG; nothing for the others."""
+    if isinstance(recipe, CaptionedDiffusion):
+        rows, model = emoji_rows("test"), latent_diffusion(network, recipe)
+        save_grid(model.sample([rows[i * len(rows) // 80].caption for i in range(80)]), path, 10)
+    elif isinstance(recipe, Diffusion):
+        y = torch.arange(80) % recipe.options["classes"]
+        save_grid(torch.cat(list(draw_images(network, recipe, y))), path, 10)
+    elif isinstance(network, VAE):
+        save_grid(torch.cat(list(decode_images(network, 80))), path, 10)
+
+
 def save_grid(x: Tensor, path: Path, columns: int) -> None:
     """Images in [-1, 1], shape ``(N, C, H, W)``, as one PNG."""
     from torchvision.utils import save_image
@@ -277,13 +374,15 @@ def _draw(network: torch.nn.Module, recipe: Diffusion, y: Tensor, options: argpa
 
 def _diffusion(options: argparse.Namespace) -> tuple[torch.nn.Module, Diffusion]:
     network, recipe = load_model(options.name, _device(options.device))
-    if not isinstance(recipe, Diffusion):
-        raise ValueError(f"{options.name} is no diffusion model: it was trained by the recipe {recipe.name!r}")
+    if not isinstance(recipe, Diffusion) or isinstance(recipe, CaptionedDiffusion):
+        raise ValueError(
+            f"{options.name} is no diffusion model of images with classes: it was trained by the recipe {recipe.name!r}"
+        )
     return network, recipe
 
 
 def _check_counts(options: argparse.Namespace) -> None:
-    for name in ("number", "steps", "times"):
+    for name in ("number", "steps", "times", "importance"):
         if getattr(options, name, 1) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(options, name)}")
 
@@ -334,20 +433,24 @@ def _parser() -> argparse.ArgumentParser:
     p = commands.add_parser("sample", parents=[common, drawing], help="draw images")
     p.add_argument("--number", type=int, default=80, help="how many images (default: 80)")
     p.add_argument("--label", type=int, help="a class for all of them (default: all classes in turn)")
+    p.add_argument("--caption", action="append", help="words, for a model of captions; may be given several times")
     p.add_argument("--to", type=Path, help="the PNG to write (default: NAME.png)")
     p.set_defaults(command=sample)
 
     p = commands.add_parser("evaluate", parents=[common, drawing], help="measure how good a model is")
     p.add_argument(
         "--metric",
-        choices=("frechet", "bits"),
+        choices=("frechet", "bits", "neighbours"),
         default="frechet",
-        help="Fréchet distance, or bits per dimension by the variational bound (default: frechet)",
+        help="Fréchet distance, bits per dimension by a bound, or distance to training images (default: frechet)",
     )
     p.add_argument("--number", type=int, default=10_000, help="how many images to draw, or to measure (default: 10000)")
-    p.add_argument("--times", type=int, default=20, help="bits: times drawn an image (default: 20)")
+    p.add_argument(
+        "--times", type=int, default=20, help="bits of a diffusion model: times drawn an image (default: 20)"
+    )
     p.add_argument("--variance", choices=("beta", "beta_tilde"), default="beta", help="bits: of the model's steps")
-    p.add_argument("--null", action="store_true", help="bits: of the model without classes")
+    p.add_argument("--null", action="store_true", help="of the model without classes")
+    p.add_argument("--importance", type=int, default=100, help="bits of a VAE: samples of z an image (default: 100)")
     p.add_argument("--classifier", default="fashion-classifier", help="whose features are compared")
     p.set_defaults(command=evaluate)
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from diffbook.autoencoder import VAE, importance_weighted_bound
 from diffbook.classifier import Classifier
 from diffbook.data import ImageSet
 from diffbook.diffusion import variational_bound
@@ -182,6 +183,36 @@ def bound_in_bits(sums: list[list[float]], dims: int) -> dict[str, float]:
     return {name: float(bits_per_dim(value, dims)) for name, value in values.items()}
 
 
+@torch.no_grad()
+def importance_sums(vae: VAE, x: Tensor, K: int, seed: int, skip: int = 0) -> Iterator[list[float]]:
+    """Minus the importance-weighted bound of images, a hundred at a time, as sums for :func:`importance_in_bits`.
+
+    Noise is a function of the seed and of the place of the hundred in ``x``; a computation that was stopped goes on
+    with ``skip``.
+
+    Args:
+        x: images in [-1, 1], on the grid of 256 levels, shape ``(N, C, H, W)``.
+        K: samples of z an image, see :func:`diffbook.autoencoder.importance_weighted_bound`.
+        skip: how many hundreds were done before.
+
+    Yields:
+        Number of images, then the sum of the bounds in nats and that of their squares.
+    """
+    device = next(vae.parameters()).device
+    for start in range(100 * skip, len(x), 100):
+        part = x[start : start + 100].to(device)
+        bound = -importance_weighted_bound(vae, part, K, stream(seed, "bound", start, device)).double()
+        yield [len(part), bound.sum().item(), bound.square().sum().item()]
+
+
+def importance_in_bits(sums: list[list[float]], dims: int) -> dict[str, float]:
+    """Bits per dimension and their standard error over images, from the sums of :func:`importance_sums`."""
+    n, total, square = (math.fsum(column) for column in zip(*sums, strict=True))
+    error = math.sqrt(max(square / n - (total / n) ** 2, 0) / max(n - 1, 1))
+    values = {"bits_per_dim": total / n, "standard_error": error}
+    return {name: float(bits_per_dim(value, dims)) for name, value in values.items()}
+
+
 def precision_recall(features_real: Tensor, features_fake: Tensor, k: int = 3) -> tuple[float, float]:
     """Which share of the samples looks real, and which share of the real images could be a sample.
 
@@ -280,3 +311,19 @@ def draw_images(
         fresh_noise = {"generator": generators} if sampler == "ddpm" else {}
         _, sample, grid = SAMPLERS[sampler]
         yield sample(denoiser, x_T, schedule, grid(recipe.T, steps), clip=1.0, **fresh_noise)
+
+
+@torch.no_grad()
+def decode_images(vae: VAE, number: int, seed: int = 0, batch: int = 250) -> Iterator[Tensor]:
+    """Draw z from the prior N(0, I) and decode it: the means f(z), a batch at a time.
+
+    What the model says of pixels is f(z) plus noise of variance σ_x²; as usual the noise is left out.
+
+    Yields:
+        Images, shape ``(B, C, H, W)``, clipped to [-1, 1], on the network's device.
+    """
+    device = next(vae.parameters()).device
+    for start in range(0, number, batch):
+        numbers = range(start, min(start + batch, number))
+        z = torch.stack([torch.randn(vae.latent, generator=stream(seed, "image", i)) for i in numbers])
+        yield vae.decode(z.to(device)).clamp(-1, 1)

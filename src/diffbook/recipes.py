@@ -18,12 +18,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffbook.autoencoder import VAE, SpatialVAE, elbo, fit_scale
 from diffbook.classifier import Classifier
+from diffbook.data import ImageSet
 from diffbook.diffusion import q_sample, v_target
+from diffbook.gaussian import kl_diagonal
+from diffbook.latent import LatentSet, LatentTransformer
 from diffbook.schedule import NoiseSchedule, cosine_schedule, linear_schedule
 from diffbook.unet import LiteUNet, UNet
 
-NETWORKS: dict[str, Callable[..., nn.Module]] = {"UNet": UNet, "LiteUNet": LiteUNet, "Classifier": Classifier}
+NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    "UNet": UNet,
+    "LiteUNet": LiteUNet,
+    "VAE": VAE,
+    "SpatialVAE": SpatialVAE,
+    "LatentTransformer": LatentTransformer,
+    "Classifier": Classifier,
+}
 SCHEDULES = {"linear": linear_schedule, "cosine": cosine_schedule}
 
 
@@ -66,6 +77,9 @@ class Recipe:
     def loss(self, network: nn.Module, x_0: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
         """The loss of a batch, a scalar; everything random comes from the generator, on the device of ``x_0``."""
         raise TypeError(f"{type(self).__name__} has no loss")
+
+    def finish(self, averaged: nn.Module, data: ImageSet | LatentSet) -> None:
+        """What is left to do with the averaged network after the last step; for most recipes nothing."""
 
     def learning_rate(self, images: int) -> float:
         """Linear warm-up, then half a cosine down to 0 at the end of the budget."""
@@ -119,11 +133,73 @@ class Diffusion(Recipe):
         u = (torch.arange(B, device=device) + torch.rand(B, generator=generator, device=device)) / B
         t = 1 + (u * self.T).long().clamp(max=self.T - 1)
         eps = torch.randn(x_0.shape, generator=generator, device=device)
-        dropped = torch.rand(B, generator=generator, device=device) < self.label_drop
-        y = torch.where(dropped, self.options["classes"], y)
+        y = self.drop_labels(y, generator)
         schedule = self.noise_schedule()
         target = {"v": v_target(x_0, eps, t, schedule), "x_0": x_0, "eps": eps}[self.predicts]
         return F.mse_loss(network(q_sample(x_0, eps, t, schedule), t, y), target)
+
+    def drop_labels(self, y: Tensor, generator: torch.Generator) -> Tensor:
+        """The labels, each replaced by the null label with the probability ``label_drop``, by itself."""
+        dropped = torch.rand(len(y), generator=generator, device=y.device) < self.label_drop
+        return torch.where(dropped, self.options["classes"], y)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionedDiffusion(Diffusion):
+    """A diffusion model of an autoencoder's latents, with captions.
+
+    Attributes:
+        autoencoder: the model that makes the latents, a name for :func:`diffbook.weights.load_model`.
+    """
+
+    autoencoder: str
+
+    def drop_labels(self, y: Tensor, generator: torch.Generator) -> Tensor:
+        """Captions ``(B, L)``, each replaced as a whole by the null caption with the probability ``label_drop``.
+
+        All conditions go together: the network must learn what pictures look like of which nothing at all is known.
+        """
+        dropped = torch.rand(len(y), generator=generator, device=y.device) < self.label_drop
+        return torch.where(dropped[:, None], self.options["words"], y)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Autoencoding(Recipe):
+    """A variational autoencoder of images, without classes: minus the ELBO, in nats a number of the image.
+
+    Both terms are sums over their dimensions before the one division, so the KL divergence has the weight that the
+    bound gives it, :eq:`eq-hidden-beta`.
+    """
+
+    def loss(self, network: nn.Module, x_0: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
+        assert isinstance(network, VAE)
+        return -elbo(network, x_0, generator).total.mean() / x_0[0].numel()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compression(Recipe):
+    """An autoencoder whose latents a diffusion model will learn: mean errors of pixels, and a little KL divergence.
+
+    Attributes:
+        kl_weight: weight of the KL divergence, summed over the latents and divided by the numbers of the image, as both
+            errors are. A VAE with σ_x² = 1/2 has the weight 1 for its squared error, :eq:`eq-hidden-beta`.
+    """
+
+    kl_weight: float
+
+    def loss(self, network: nn.Module, x_0: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
+        assert isinstance(network, SpatialVAE)
+        mean, variance = network.encode(x_0)
+        eps = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+        x = network.decode(mean + variance.sqrt() * eps)
+        kl = kl_diagonal(mean, variance, torch.zeros_like(mean), torch.ones_like(mean)).sum() / x_0.numel()
+        return F.l1_loss(x, x_0) + F.mse_loss(x, x_0) + self.kl_weight * kl
+
+    def finish(self, averaged: nn.Module, data: ImageSet | LatentSet) -> None:
+        """Fit the scale of the latents to the training images."""
+        assert isinstance(averaged, SpatialVAE)
+        assert isinstance(data, ImageSet)
+        fit_scale(averaged, data.x, len(data))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +216,8 @@ def recipe_from_json(stored: dict[str, Any]) -> Recipe:
     Raises:
         ValueError: an unknown kind of recipe, or an unknown or missing field.
     """
-    kinds: dict[str, type[Recipe]] = {"Diffusion": Diffusion, "Classification": Classification}
+    known = (Diffusion, CaptionedDiffusion, Autoencoding, Compression, Classification)
+    kinds: dict[str, type[Recipe]] = {kind.__name__: kind for kind in known}
     values = dict(stored)
     kind = values.pop("kind", None)
     if kind not in kinds:
@@ -214,6 +291,43 @@ _ALL: list[Recipe] = [
         images=1_280,
         batch=32,
         lr=2e-3,
+    ),
+    Autoencoding(
+        name="fashion-vae",
+        about="a VAE of Fashion-MNIST with the parameters and the training compute of fashion-cpu",
+        network="VAE",
+        options={"channels": 1, "size": 28, "widths": [48, 96], "blocks": 2, "latent": 32, "patch": 2, "narrow": 40},
+        images=2_000_000,
+        batch=32,
+        lr=1e-3,
+        warmup=10_000,
+        clip=5.0,
+        ema=0.9995,
+    ),
+    Compression(
+        name="emoji-vae",
+        about="the autoencoder of emoji64 without a GPU: 64×64 pixels in 3 colours become 8×8 latents in 4 channels",
+        network="SpatialVAE",
+        options={"channels": 3, "size": 64, "widths": [48, 96, 128], "blocks": 2, "latent": 4, "patch": 2},
+        data="emoji64",
+        images=200_000,
+        batch=32,
+        lr=1.5e-3,
+        warmup=5_000,
+        kl_weight=5e-3,
+    ),
+    CaptionedDiffusion(
+        name="emoji-ldm",
+        about="pictures of captions without a GPU: diffusion on the latents of emoji-vae",
+        network="LatentTransformer",
+        options={"latent": [4, 8, 8], "words": 1798, "length": 12, "width": 160, "depth": 6, "heads": 4, "text": 128},
+        data="emoji64",
+        autoencoder="emoji-vae",
+        images=1_200_000,
+        batch=64,
+        lr=1e-3,
+        warmup=20_000,
+        ema=0.9995,
     ),
     Classification(
         name="fashion-classifier",

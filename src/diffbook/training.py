@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import json
 import time
 from collections.abc import Generator, Iterator
@@ -27,13 +28,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from diffbook.data import IMAGE_SETS
-from diffbook.recipes import Recipe, recipe_from_json, stream
+from diffbook.autoencoder import SpatialVAE
+from diffbook.data import IMAGE_SETS, CaptionedImages, ImageSet, cache_folder
+from diffbook.latent import LatentSet, emoji_vocabulary, to_latents
+from diffbook.recipes import CaptionedDiffusion, Recipe, recipe_from_json, stream
 from diffbook.weights import (
     WeightsError,
     checkpoints,
     fill,
+    load_model,
     read_tensors,
+    source_of,
     write_atomically,
     write_tensors,
 )
@@ -145,7 +150,7 @@ def train(
         log = _Log(folder / "log.jsonl", state)
         if recipe.compile and device.type == "cuda":
             state.network.compile()
-        data = IMAGE_SETS[recipe.data]().to(device)
+        data = training_set(recipe, device)
         saved_at, saved_images = time.monotonic(), state.images
         while state.images < recipe.images:
             wall, cpu = time.monotonic(), time.process_time()
@@ -154,6 +159,8 @@ def train(
             state.seconds += time.monotonic() - wall
             state.cpu_seconds += time.process_time() - cpu
             log.add(step)
+            if state.images >= recipe.images:
+                recipe.finish(state.averaged, data)
             if time.monotonic() - saved_at >= save_every or state.images >= recipe.images:
                 state.save(folder, keep)
                 saved_at, saved_images = time.monotonic(), state.images
@@ -163,6 +170,33 @@ def train(
                 if saved_images < state.images:
                     state.save(folder, keep)
                 raise
+
+
+def training_set(recipe: Recipe, device: torch.device | str = "cpu") -> ImageSet | LatentSet:
+    """What a recipe learns from, on the device: images, or the latents that its autoencoder makes of them.
+
+    Latents are computed once, in float32, and kept in the cache under the checksum of the autoencoder's weights.
+
+    Raises:
+        ValueError: the recipe's autoencoder is missing, or no autoencoder.
+        DataError: see the function of the data set.
+    """
+    images = IMAGE_SETS[recipe.data]()
+    if not isinstance(recipe, CaptionedDiffusion):
+        return images.to(device)
+    assert isinstance(images, CaptionedImages)
+    source = source_of(recipe.autoencoder)
+    path = cache_folder() / "latents" / f"{hashlib.sha256(source.read_bytes()).hexdigest()[:16]}.safetensors"
+    if not path.exists():
+        autoencoder, _ = load_model(source, device)
+        if not isinstance(autoencoder, SpatialVAE):
+            raise ValueError(f"{recipe.autoencoder} is no autoencoder with latents for {recipe.name}")
+        parts = torch.arange(len(images)).split(250)
+        z = torch.cat([to_latents(autoencoder, images.x(part).to(device)) for part in parts])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(path, {"z": z}, {"autoencoder": recipe.autoencoder})
+    z = read_tensors(path)[0]["z"]
+    return LatentSet(z, emoji_vocabulary().encode(images.captions)).to(device)
 
 
 def image_order(seed: int, start: int, count: int, size: int, device: torch.device | str = "cpu") -> Tensor:

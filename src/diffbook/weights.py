@@ -19,7 +19,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from diffbook.recipes import Recipe, recipe_from_json
+from diffbook.autoencoder import SpatialVAE
+from diffbook.latent import LatentDiffusion, LatentTransformer, emoji_vocabulary
+from diffbook.recipes import CaptionedDiffusion, Recipe, recipe_from_json
 
 
 class WeightsError(ValueError):
@@ -105,6 +107,20 @@ def load_model(name: str | Path, device: torch.device | str = "cpu") -> tuple[nn
     network = recipe.build()
     fill(network, tensors, str(name))
     return network.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False), recipe
+
+
+def latent_diffusion(network: nn.Module, recipe: Recipe) -> LatentDiffusion:
+    """A network of latents and its recipe, as :func:`load_model` gives them, with their autoencoder and vocabulary.
+
+    Raises:
+        ValueError: it is another kind of model; or its autoencoder is missing, or no autoencoder.
+    """
+    if not isinstance(recipe, CaptionedDiffusion) or not isinstance(network, LatentTransformer):
+        raise ValueError(f"the recipe {recipe.name!r} makes no latent diffusion model")
+    autoencoder, _ = load_model(recipe.autoencoder, network.place.device)
+    if not isinstance(autoencoder, SpatialVAE):
+        raise ValueError(f"{recipe.autoencoder} is no autoencoder with latents for {recipe.name}")
+    return LatentDiffusion(autoencoder, network, recipe.noise_schedule(), emoji_vocabulary(), recipe.predicts)
 
 
 def model_card(name: str) -> dict[str, Any]:

@@ -1,0 +1,329 @@
+"""Latent diffusion: words, attention to a caption, and the two models put together."""
+
+import json
+import math
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+
+from diffbook.autoencoder import SpatialVAE, fit_scale
+from diffbook.cli import main
+from diffbook.data import IMAGE_SETS, emoji64, emoji_rows, fashion_subset
+from diffbook.latent import (
+    Attention,
+    CaptionEncoder,
+    LatentDiffusion,
+    LatentTransformer,
+    UnknownWordWarning,
+    Vocabulary,
+    emoji_vocabulary,
+    from_latents,
+    to_latents,
+)
+from diffbook.recipes import Compression, find_recipe, stream
+from diffbook.sampling import guided
+from diffbook.schedule import cosine_schedule
+from diffbook.training import train, training_set
+from diffbook.weights import latent_diffusion, load_model
+
+WORDS = Vocabulary(["noto", "red", "heart", "dark", "skin", "woman"], length=4)
+
+
+def stirred(module: torch.nn.Module) -> torch.nn.Module:
+    """The module with all parameters moved: last layers start at zero, which would hide errors."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in module.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return module.eval().requires_grad_(False)
+
+
+def network() -> LatentTransformer:
+    torch.manual_seed(1)
+    model = stirred(LatentTransformer((4, 2, 3), WORDS.null, WORDS.length, width=16, depth=2, heads=2, text=8))
+    assert isinstance(model, LatentTransformer)
+    return model
+
+
+def autoencoder() -> SpatialVAE:
+    torch.manual_seed(2)
+    model = stirred(SpatialVAE(3, 16, [8, 8, 8], blocks=1, latent=4, patch=2))
+    assert isinstance(model, SpatialVAE)
+    return model
+
+
+class TestVocabulary:
+    def test_captions_and_back(self) -> None:
+        y = WORDS.encode(["noto red heart", "", "Woman"])
+        assert y.tolist() == [[0, 1, 2, 6], [6, 6, 6, 6], [5, 6, 6, 6]]
+        assert WORDS.decode(y) == ["noto red heart", "", "woman"]
+
+    def test_unknown_and_superfluous_words_are_named(self) -> None:
+        with pytest.warns(UnknownWordWarning, match="unknown words are left out: purple, whale"):
+            assert WORDS.decode(WORDS.encode(["noto purple heart whale"])) == ["noto heart"]
+        with pytest.warns(UnknownWordWarning, match="only 4 words are read, left out are: skin woman"):
+            assert WORDS.decode(WORDS.encode(["noto red heart dark skin woman"])) == ["noto red heart dark"]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            WORDS.encode(["noto red heart"])
+
+    @pytest.mark.parametrize(("words", "length"), [([], 3), (["a", "a"], 3), (["a"], 0)])
+    def test_bad_vocabulary(self, words: list[str], length: int) -> None:
+        with pytest.raises(ValueError, match="different words, at least one"):
+            Vocabulary(words, length)
+
+
+def test_attention_is_the_formula() -> None:
+    """softmax(Q Kᵀ / √(C / heads)) V for each head, over the entries that the mask allows."""
+    torch.manual_seed(3)
+    layer = stirred(Attention(6, 5, heads=2))
+    assert isinstance(layer, Attention)
+    h, context = torch.randn(2, 3, 6), torch.randn(2, 4, 5)
+    mask = torch.tensor([[True, True, False, True], [True, False, False, False]])
+    q, (k, v) = layer.query(h), layer.key_value(context).chunk(2, dim=2)
+    heads = []
+    for i in (slice(0, 3), slice(3, 6)):
+        score = q[:, :, i] @ k[:, :, i].transpose(1, 2) / math.sqrt(3)
+        weight = torch.where(mask[:, None], score.exp(), 0.0)
+        heads.append(weight / weight.sum(2, keepdim=True) @ v[:, :, i])
+    assert torch.allclose(layer(h, context, mask), layer.project(torch.cat(heads, dim=2)), atol=1e-6)
+    with pytest.raises(ValueError, match="heads must divide the width 6, got 4"):
+        Attention(6, 5, heads=4)
+
+
+class TestCaptionEncoder:
+    def test_padding_changes_nothing_and_words_do(self) -> None:
+        torch.manual_seed(4)
+        encoder = stirred(CaptionEncoder(WORDS.null, WORDS.length, 8, heads=2))
+        features, mask = encoder(WORDS.encode(["noto heart", "noto red", ""]))
+        assert features.shape == (3, 5, 8)
+        assert mask.tolist() == [[True] * 3 + [False] * 2] * 2 + [[True] + [False] * 4]
+        alone = encoder(WORDS.encode(["noto heart"]))[0]
+        assert torch.allclose(features[:1], alone, atol=1e-6)
+        # a word changes the features of the others (they know their caption), and of the start
+        assert (features[0, :2] - features[1, :2]).abs().min(1).values.max() > 1e-4
+
+    @pytest.mark.parametrize(
+        ("y", "message"),
+        [
+            (torch.zeros(2, 3, dtype=torch.int64), r"shape \(B, 4\)"),
+            (torch.full((1, 4), 7), "lie in 0…6"),
+            (torch.full((1, 4), -1), "lie in 0…6"),
+        ],
+    )
+    def test_bad_input(self, y: torch.Tensor, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            CaptionEncoder(WORDS.null, WORDS.length, 8)(y)
+
+
+class TestLatentTransformer:
+    def test_starts_at_zero_and_depends_on_everything(self) -> None:
+        z, t = torch.randn(2, 4, 2, 3, generator=torch.Generator().manual_seed(5)), torch.tensor([3, 500])
+        fresh = LatentTransformer((4, 2, 3), WORDS.null, WORDS.length, width=16, depth=1, heads=2, text=8)
+        assert torch.equal(fresh(z, t), torch.zeros_like(z))
+        model, y = network(), WORDS.encode(["noto red heart", "woman"])
+        out = model(z, t, y)
+        assert out.shape == z.shape
+        for other in (model(z + 0.1, t, y), model(z, t + 100, y), model(z, t, y.flip(0)), model(z, t)):
+            assert (out - other).abs().flatten(1).max(1).values.min() > 1e-4
+        assert torch.equal(model(z, t), model(z, t, WORDS.encode(["", ""])))
+
+    def test_samples_do_not_see_each_other(self) -> None:
+        model, y = network(), WORDS.encode(["noto red heart", "woman"])
+        z, t = torch.randn(2, 4, 2, 3, generator=torch.Generator().manual_seed(6)), torch.tensor([3, 500])
+        assert torch.allclose(model(z, t, y)[1:], model(z[1:], t[1:], y[1:]), atol=1e-5)
+
+    def test_places_are_told_apart(self) -> None:
+        """Without the learned places a transformer could not tell left from right."""
+        model, z, t = network(), torch.randn(1, 4, 2, 3, generator=torch.Generator().manual_seed(7)), torch.tensor([9])
+        assert not torch.allclose(model(z.flip(3), t).flip(3), model(z, t), atol=1e-3)
+        model.place.data.zero_()
+        assert torch.allclose(model(z.flip(3), t).flip(3), model(z, t), atol=1e-5)
+
+    def test_guidance_takes_the_null_caption(self) -> None:
+        model, y = network(), WORDS.encode(["noto red heart", "woman"])
+        z, t = torch.randn(2, 4, 2, 3, generator=torch.Generator().manual_seed(8)), torch.tensor([3, 500])
+        c, u = model(z, t, y), model(z, t)
+        assert torch.allclose(guided(model, y, 2.5)(z, t), u + 2.5 * (c - u), atol=1e-5)
+
+    def test_bad_input(self) -> None:
+        model, z, t = network(), torch.zeros(2, 4, 2, 3), torch.ones(2, dtype=torch.int64)
+        with pytest.raises(ValueError, match=r"shape \(B, 4, 2, 3\) and t \(B,\), got \(2, 4, 3, 2\)"):
+            model(z.transpose(2, 3), t)
+        with pytest.raises(ValueError, match=r"got \(2, 4, 2, 3\) and \(1,\)"):
+            model(z, t[:1])
+        with pytest.raises(ValueError, match="a caption for each of the 2 latents, got 1"):
+            model(z, t, WORDS.encode(["woman"]))
+
+
+class TestSpatialVAE:
+    def test_shapes_scale_and_round_trip(self) -> None:
+        model, x = autoencoder(), torch.rand(3, 3, 16, 16) * 2 - 1
+        mean, variance = model.encode(x)
+        assert mean.shape == variance.shape == (3, 4, 2, 2) == (3, *model.latent_shape)
+        assert (variance > 0).all()
+        model.scale.fill_(0.7)
+        z = to_latents(model, x)
+        assert torch.equal(z, 0.7 * mean)
+        assert torch.allclose(from_latents(model, z), model.decode(mean).clamp(-1, 1), atol=1e-5)
+
+    def test_fitted_scale_gives_unit_variance(self) -> None:
+        model = autoencoder()
+        x = torch.rand(700, 3, 16, 16, generator=torch.Generator().manual_seed(9)) * 2 - 1
+        fit_scale(model, lambda part: x[part], len(x), batch=300)
+        mean, variance = model.encode(x)
+        z = mean + variance.sqrt() * torch.randn(mean.shape, generator=torch.Generator().manual_seed(10))
+        assert (model.scale * z).std().item() == pytest.approx(1, abs=0.02)
+
+    def test_bad_input(self) -> None:
+        with pytest.raises(ValueError, match=r"\(B, 3, 16, 16\), got \(1, 3, 8, 8\)"):
+            autoencoder().encode(torch.zeros(1, 3, 8, 8))
+        with pytest.raises(ValueError, match=r"\(B, 4, 2, 2\), got \(1, 4, 4, 4\)"):
+            autoencoder().decode(torch.zeros(1, 4, 4, 4))
+        with pytest.raises(ValueError, match="latent must be at least 1, got 0"):
+            SpatialVAE(3, 16, [8], latent=0)
+
+    def test_trained_by_its_recipe_the_scale_is_fitted_and_stored(self, tmp_path) -> None:
+        recipe = Compression(
+            name="small",
+            about="",
+            network="SpatialVAE",
+            options={"channels": 1, "size": 28, "widths": [8, 8], "blocks": 1, "latent": 2, "patch": 2},
+            data="fashion-subset",
+            images=64,
+            batch=32,
+            lr=1e-3,
+            kl_weight=1e-3,
+        )
+        for _ in train(recipe, tmp_path):
+            pass
+        model, _ = load_model(tmp_path)
+        assert isinstance(model, SpatialVAE)
+        mean, variance = model.encode(fashion_subset().x())
+        std = math.sqrt(mean.var().item() + variance.mean().item())
+        assert model.scale.item() == pytest.approx(1 / std, rel=1e-3)
+        assert model.scale.item() != 1
+
+    def test_loss_of_the_recipe(self) -> None:
+        recipe = Compression(
+            name="small", about="", network="SpatialVAE", options={}, images=1, batch=1, lr=1.0, kl_weight=0.5
+        )
+        model, x = autoencoder(), torch.rand(2, 3, 16, 16) * 2 - 1
+        mean, variance = model.encode(x)
+        y = model.decode(mean + variance.sqrt() * torch.randn(mean.shape, generator=stream(0, "test", 0)))
+        kl = 0.5 * (mean.square() + variance - 1 - variance.log()).sum()
+        expected = (x - y).abs().mean() + (x - y).square().mean() + 0.5 * kl / x.numel()
+        loss = recipe.loss(model, x, torch.zeros(2), stream(0, "test", 0))
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+class TestLatentDiffusion:
+    def whole(self) -> LatentDiffusion:
+        model = LatentTransformer((4, 2, 2), WORDS.null, WORDS.length, width=16, depth=1, heads=2, text=8)
+        return LatentDiffusion(autoencoder(), stirred(model), cosine_schedule(100), WORDS)  # type: ignore[arg-type]
+
+    def test_pictures_depend_on_caption_seed_and_place_alone(self) -> None:
+        model = self.whole()
+        x = model.sample(["noto red heart", "woman", "woman"], steps=3, w=2.0)
+        assert x.shape == (3, 3, 16, 16) and x.abs().max() <= 1
+        assert torch.allclose(x[:1], model.sample(["noto red heart"], steps=3, w=2.0), atol=1e-5)
+        assert (x[1] - x[2]).abs().max() > 1e-3
+        assert (x[:1] - model.sample(["woman"], steps=3, w=2.0)).abs().max() > 1e-4
+        assert (x[:1] - model.sample(["noto red heart"], steps=3, w=2.0, seed=1)).abs().max() > 1e-3
+
+    def test_parts_that_do_not_fit(self) -> None:
+        model = self.whole()
+        with pytest.raises(ValueError, match="the parts do not fit"):
+            LatentDiffusion(model.autoencoder, network(), model.schedule, WORDS)
+        with pytest.raises(ValueError, match="words 6 and 1"):
+            LatentDiffusion(model.autoencoder, model.network, model.schedule, Vocabulary(["a"], 4))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Folders of short runs on a hundred emoji: an autoencoder, and a diffusion model of its latents."""
+    folder = tmp_path_factory.mktemp("emoji")
+    few = {split: emoji64(split).part(torch.arange(100)) for split in ("train", "test")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        patch.setitem(IMAGE_SETS, "emoji64", lambda split="train": few[split])
+        vae = find_recipe("emoji-vae")
+        vae = replace(vae, options=vae.options | {"widths": [8, 8, 8], "blocks": 1}, images=64)
+        for _ in train(vae, folder / "vae"):
+            pass
+        ldm = find_recipe("emoji-ldm")
+        options = ldm.options | {"width": 16, "depth": 1, "text": 8}
+        ldm = replace(ldm, options=options, images=256, autoencoder=str(folder / "vae"))
+        yield folder, ldm, few
+
+
+class TestTraining:
+    def test_latents_are_those_of_the_autoencoder_and_kept(self, runs) -> None:
+        folder, ldm, few = runs
+        latents = training_set(ldm)
+        autoencoder, _ = load_model(folder / "vae")
+        assert torch.allclose(latents.x(slice(5)), to_latents(autoencoder, few["train"].x(slice(5))), atol=1e-5)
+        assert emoji_vocabulary().decode(latents.labels[:5]) == list(few["train"].captions[:5])
+        (path,) = (folder / "cache" / "diffbook" / "latents").iterdir()
+        before = path.stat().st_mtime_ns
+        assert torch.equal(training_set(ldm).z, latents.z)
+        assert path.stat().st_mtime_ns == before
+
+    def test_run_resumes_bit_for_bit(self, runs) -> None:
+        folder, ldm, _ = runs
+        for _ in train(ldm, folder / "whole"):
+            pass
+        for step in train(ldm, folder / "parts"):
+            if step.images == 128:
+                break
+        for _ in train(ldm, folder / "parts"):
+            pass
+        one, two = (load_model(folder / name)[0].state_dict() for name in ("whole", "parts"))
+        assert all(torch.equal(one[key], two[key]) for key in one)
+
+    def test_commands(self, runs, capsys) -> None:
+        folder, ldm, _ = runs
+        for _ in train(ldm, folder / "whole"):
+            pass
+        path = folder / "s.png"
+        draw = ["sample", str(folder / "whole"), "--number", "4", "--steps", "2", "--to", str(path)]
+        captions = ["--caption", "noto red heart", "--caption", "twemoji volcano"]
+        assert main([*draw, *captions, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["captions"] == ["noto red heart", "twemoji volcano"]
+        with Image.open(path) as picture:
+            assert picture.size == (4 * 65 + 1, 65 + 1)
+        assert main([*draw, "--label", "1"]) == 1
+        assert "use --caption" in capsys.readouterr().err
+        assert main(["evaluate", str(folder / "whole")]) == 1
+        assert "no diffusion model of images with classes" in capsys.readouterr().err
+
+    def test_captions_are_dropped_as_a_whole(self) -> None:
+        ldm = replace(find_recipe("emoji-ldm"), label_drop=0.25)
+        y = torch.arange(12).expand(4000, 12)
+        dropped = ldm.drop_labels(y, torch.Generator().manual_seed(0))
+        null = (dropped == 1798).float().mean(1)
+        assert set(null.tolist()) == {0.0, 1.0}
+        assert null.mean().item() == pytest.approx(0.25, abs=3 * math.sqrt(0.25 * 0.75 / 4000))
+        assert torch.equal(dropped[null == 0], y[null == 0])
+
+    def test_the_recipe_knows_the_vocabulary_and_the_latents(self) -> None:
+        words, ldm = emoji_vocabulary(), find_recipe("emoji-ldm")
+        assert (ldm.options["words"], ldm.options["length"]) == (words.null, words.length)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # every caption is read in full, those of the test as well
+            captions = [row.caption for row in emoji_rows("test")]
+            assert words.decode(words.encode(captions)) == captions
+        vae = find_recipe("emoji-vae").build()
+        assert isinstance(vae, SpatialVAE)
+        assert list(vae.latent_shape) == ldm.options["latent"]
+        sizes = [sum(p.numel() for p in find_recipe(name).build().parameters()) for name in ("emoji-vae", "emoji-ldm")]
+        assert 2 * sum(sizes) < 12 * 2**20  # bytes in float16
+
+    def test_another_model_is_no_autoencoder(self, runs) -> None:
+        _, ldm, _ = runs
+        with pytest.raises(ValueError, match="fashion-classifier is no autoencoder with latents"):
+            training_set(replace(ldm, autoencoder="fashion-classifier"))
+        with pytest.raises(ValueError, match="'fashion-cpu' makes no latent diffusion model"):
+            latent_diffusion(*load_model("fashion-cpu"))
