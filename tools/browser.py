@@ -325,7 +325,9 @@ def cut_formulas(page: Page) -> list[str]:
     return list(
         page.evaluate("""() => {
         const faults = [];
-        for (const e of document.querySelectorAll('mjx-container:not([display="true"])')) {
+        // the sidebars, which repeat headings, lie beside a phone's window until they are called
+        const text = document.querySelector('.bd-article') || document.body;
+        for (const e of text.querySelectorAll('mjx-container:not([display="true"])')) {
             const excess = Math.round(e.getBoundingClientRect().right - document.documentElement.clientWidth);
             const tex = () => (e.parentElement.closest('p, li, td, dd') || e.parentElement).textContent.trim();
             if (excess > 0) faults.push(`a formula is cut off by ${excess} px in: ${tex().slice(0, 60)}`);

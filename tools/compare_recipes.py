@@ -111,11 +111,9 @@ def table(results: list[dict[str, Any]]) -> str:
         if found:
             distances = [r["frechet_distance"] for r in found]
             spread = f" ± {stdev(distances):.1f}" if len(found) > 1 else ""
-            million = found[0]["parameters"] / 1e6
-            seen = f"{found[0]['images']:,} | {million:.2f} M"
-            row = f"| {about} | {mean(distances):.1f}{spread} | {len(found)} | {seen} |"
+            row = f"| {about} | {mean(distances):.1f}{spread} | {len(found)} | {found[0]['images']:,} |"
             rows.append((mean(distances), row))
-    head = "| what | Fréchet distance | seeds | images seen | parameters |\n|---|---|---|---|---|\n"
+    head = "| what | Fréchet distance | seeds | images |\n|---|---|---|---|\n"
     return "<!-- tried -->\n\n" + head + "\n".join(row for _, row in sorted(rows)) + "\n\n<!-- /tried -->"
 
 
