@@ -9,6 +9,8 @@ import compare_recipes
 import pytest
 from compare_recipes import BASE, MARKED, PAGE, VARIANTS, at_equal_compute, flops, read_results, table
 
+from diffbook.recipes import Diffusion, find_recipe
+
 RESULTS = read_results()
 
 
@@ -57,6 +59,10 @@ def test_the_page_says_what_the_results_show() -> None:
     assert distance("eps") > distance("eps-linear") > distance("base")
     assert distance("linear") > distance("base")
     assert distance("plain") > 2 * distance("base")
+    assert flops(VARIANTS["plain"][1]) > 10 * flops(BASE)
+    shipped = find_recipe("fashion-cpu")
+    assert isinstance(shipped, Diffusion)
+    assert 20 * BASE.images * flops(BASE) < shipped.images * flops(shipped)
     for ema in ("ema-short", "ema-none"):
         assert abs(distance(ema) - distance("base")) < 0.15 * distance("base")
 
