@@ -12,19 +12,20 @@ from PIL import Image
 from diffbook.autoencoder import SpatialVAE, fit_scale
 from diffbook.cli import main
 from diffbook.data import IMAGE_SETS, emoji64, emoji_rows, fashion_subset
+from diffbook.evaluation import draw_images, psnr
 from diffbook.latent import (
     Attention,
     CaptionEncoder,
+    CaptionUNet,
     LatentDiffusion,
-    LatentTransformer,
     UnknownWordWarning,
     Vocabulary,
     emoji_vocabulary,
     from_latents,
     to_latents,
 )
-from diffbook.recipes import Compression, find_recipe, stream
-from diffbook.sampling import guided
+from diffbook.recipes import Compression, Diffusion, find_recipe, stream
+from diffbook.sampling import as_eps, dpmpp_2m_sample, guided, trailing_timesteps
 from diffbook.schedule import cosine_schedule
 from diffbook.training import train, training_set
 from diffbook.weights import latent_diffusion, load_model
@@ -40,10 +41,10 @@ def stirred(module: torch.nn.Module) -> torch.nn.Module:
     return module.eval().requires_grad_(False)
 
 
-def network() -> LatentTransformer:
+def network() -> CaptionUNet:
     torch.manual_seed(1)
-    model = stirred(LatentTransformer((4, 2, 3), WORDS.null, WORDS.length, width=16, depth=2, heads=2, text=8))
-    assert isinstance(model, LatentTransformer)
+    model = stirred(CaptionUNet((4, 2, 4), WORDS.null, WORDS.length, widths=[16, 24], blocks=1, heads=2, text=8))
+    assert isinstance(model, CaptionUNet)
     return model
 
 
@@ -118,10 +119,10 @@ class TestCaptionEncoder:
             CaptionEncoder(WORDS.null, WORDS.length, 8)(y)
 
 
-class TestLatentTransformer:
+class TestCaptionUNet:
     def test_starts_at_zero_and_depends_on_everything(self) -> None:
-        z, t = torch.randn(2, 4, 2, 3, generator=torch.Generator().manual_seed(5)), torch.tensor([3, 500])
-        fresh = LatentTransformer((4, 2, 3), WORDS.null, WORDS.length, width=16, depth=1, heads=2, text=8)
+        z, t = torch.randn(2, 4, 2, 4, generator=torch.Generator().manual_seed(5)), torch.tensor([3, 500])
+        fresh = CaptionUNet((4, 2, 4), WORDS.null, WORDS.length, widths=[16, 24], blocks=1, heads=2, text=8)
         assert torch.equal(fresh(z, t), torch.zeros_like(z))
         model, y = network(), WORDS.encode(["noto red heart", "woman"])
         out = model(z, t, y)
@@ -132,30 +133,36 @@ class TestLatentTransformer:
 
     def test_samples_do_not_see_each_other(self) -> None:
         model, y = network(), WORDS.encode(["noto red heart", "woman"])
-        z, t = torch.randn(2, 4, 2, 3, generator=torch.Generator().manual_seed(6)), torch.tensor([3, 500])
+        z, t = torch.randn(2, 4, 2, 4, generator=torch.Generator().manual_seed(6)), torch.tensor([3, 500])
         assert torch.allclose(model(z, t, y)[1:], model(z[1:], t[1:], y[1:]), atol=1e-5)
 
-    def test_places_are_told_apart(self) -> None:
-        """Without the learned places a transformer could not tell left from right."""
-        model, z, t = network(), torch.randn(1, 4, 2, 3, generator=torch.Generator().manual_seed(7)), torch.tensor([9])
-        assert not torch.allclose(model(z.flip(3), t).flip(3), model(z, t), atol=1e-3)
-        model.place.data.zero_()
-        assert torch.allclose(model(z.flip(3), t).flip(3), model(z, t), atol=1e-5)
+    def test_each_place_looks_at_single_words(self) -> None:
+        """Order matters although the pooled caption is nearly the same, and only words that are there are looked at."""
+        model, t = network(), torch.tensor([9])
+        z = torch.randn(1, 4, 2, 4, generator=torch.Generator().manual_seed(7))
+        for stage in [*model.down, *model.middle, *model.up]:
+            before = model(z, t, WORDS.encode(["noto red heart"]))
+            weight = stage.cross.project.weight.data.clone()
+            stage.cross.project.weight.data.zero_()
+            assert (model(z, t, WORDS.encode(["noto red heart"])) - before).abs().max() > 1e-5
+            stage.cross.project.weight.data.copy_(weight)
 
     def test_guidance_takes_the_null_caption(self) -> None:
         model, y = network(), WORDS.encode(["noto red heart", "woman"])
-        z, t = torch.randn(2, 4, 2, 3, generator=torch.Generator().manual_seed(8)), torch.tensor([3, 500])
+        z, t = torch.randn(2, 4, 2, 4, generator=torch.Generator().manual_seed(8)), torch.tensor([3, 500])
         c, u = model(z, t, y), model(z, t)
         assert torch.allclose(guided(model, y, 2.5)(z, t), u + 2.5 * (c - u), atol=1e-5)
 
     def test_bad_input(self) -> None:
-        model, z, t = network(), torch.zeros(2, 4, 2, 3), torch.ones(2, dtype=torch.int64)
-        with pytest.raises(ValueError, match=r"shape \(B, 4, 2, 3\) and t \(B,\), got \(2, 4, 3, 2\)"):
+        model, z, t = network(), torch.zeros(2, 4, 2, 4), torch.ones(2, dtype=torch.int64)
+        with pytest.raises(ValueError, match=r"shape \(B, 4, 2, 4\) and t \(B,\), got \(2, 4, 4, 2\)"):
             model(z.transpose(2, 3), t)
-        with pytest.raises(ValueError, match=r"got \(2, 4, 2, 3\) and \(1,\)"):
+        with pytest.raises(ValueError, match=r"got \(2, 4, 2, 4\) and \(1,\)"):
             model(z, t[:1])
         with pytest.raises(ValueError, match="a caption for each of the 2 latents, got 1"):
             model(z, t, WORDS.encode(["woman"]))
+        with pytest.raises(ValueError, match=r"multiples of 2; got widths \(16, 24\), blocks 1, latent \(4, 3, 4\)"):
+            CaptionUNet((4, 3, 4), WORDS.null, WORDS.length, widths=[16, 24], blocks=1)
 
 
 class TestSpatialVAE:
@@ -221,7 +228,7 @@ class TestSpatialVAE:
 
 class TestLatentDiffusion:
     def whole(self) -> LatentDiffusion:
-        model = LatentTransformer((4, 2, 2), WORDS.null, WORDS.length, width=16, depth=1, heads=2, text=8)
+        model = CaptionUNet((4, 2, 2), WORDS.null, WORDS.length, widths=[16], blocks=1, heads=2, text=8)
         return LatentDiffusion(autoencoder(), stirred(model), cosine_schedule(100), WORDS)  # type: ignore[arg-type]
 
     def test_pictures_depend_on_caption_seed_and_place_alone(self) -> None:
@@ -254,7 +261,7 @@ def runs(tmp_path_factory):
         for _ in train(vae, folder / "vae"):
             pass
         ldm = find_recipe("emoji-ldm")
-        options = ldm.options | {"width": 16, "depth": 1, "text": 8}
+        options = ldm.options | {"widths": [16], "blocks": 1, "text": 8}
         ldm = replace(ldm, options=options, images=256, autoencoder=str(folder / "vae"))
         yield folder, ldm, few
 
@@ -296,8 +303,90 @@ class TestTraining:
             assert picture.size == (4 * 65 + 1, 65 + 1)
         assert main([*draw, "--label", "1"]) == 1
         assert "use --caption" in capsys.readouterr().err
-        assert main(["evaluate", str(folder / "whole")]) == 1
-        assert "no diffusion model of images with classes" in capsys.readouterr().err
+
+    def test_evaluate(self, runs, capsys, monkeypatch) -> None:
+        folder, ldm, _ = runs
+        for _ in train(ldm, folder / "whole"):
+            pass
+        test = emoji64("test").part(torch.tensor([0, 150, 300, 450, 555]))
+        everything, objects = emoji64("train"), {row.object for row in test.rows}
+        known = torch.tensor([i for i, row in enumerate(everything.rows) if i % 20 == 0 or row.object in objects])
+        sets = {"train": everything.part(known), "test": test}
+        monkeypatch.setattr("diffbook.cli.emoji64", sets.__getitem__)
+        command = ["evaluate", str(folder / "whole"), "--steps", "2", "--guidance", "2", "--json"]
+
+        def result(*more: str) -> dict:
+            assert main([*command, *more]) == 0
+            return json.loads(capsys.readouterr().out)
+
+        found = result("--metric", "composition", "--number", "9")
+        assert (found["images"], found["captions"], found["distractors"]) == (5, "test", 99)
+        rows = {(r["factor"], r["answer"]): r for r in found["results"]}
+        assert (
+            rows["all", "model"]["captions"]
+            == 5
+            == rows["style", "model"]["captions"] + rows["tone", "model"]["captions"]
+        )
+        assert rows["all", "trivial"]["top_1"]["share"] == 0 < rows["all", "trivial"]["top_5"]["share"]
+        near = result("--metric", "neighbours", "--number", "3", "--captions", "test")
+        assert near["captions"] == "test" and near["images"] == 3
+        assert 0 < near["smallest_distance"] <= near["median_distance"]
+        distance = result("--number", "40")
+        assert distance["captions"] == "train" and distance["guidance"] == 2
+        # The matcher reads real pictures, and knows that two steps of a short training make none.
+        assert distance["caption_similarity_of_real"] > 0.25 > distance["caption_similarity"] + 0.1
+        assert distance["frechet_distance"] > 10
+        assert main([*command, "--metric", "bits"]) == 1
+        assert "--metric bits: not for a model of captions" in capsys.readouterr().err
+        assert main(["evaluate", "fashion-cpu", "--metric", "composition"]) == 1
+        assert "fashion-cpu knows no captions" in capsys.readouterr().err
+
+    def test_evaluate_the_autoencoder(self, runs, capsys) -> None:
+        folder, _, few = runs
+        assert main(["evaluate", str(folder / "vae"), "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        model, _ = load_model(folder / "vae")
+        x = few["test"].x()
+        expected = psnr(from_latents(model, to_latents(model, x)), x)
+        assert found["psnr"] == pytest.approx(expected.mean().item(), abs=2e-3)
+        assert found["psnr_worst"] == pytest.approx(expected.min().item(), abs=2e-3)
+        assert found["images"] == 100
+
+    def test_batches_do_not_change_a_picture(self, runs) -> None:
+        folder, ldm, _ = runs
+        for _ in train(ldm, folder / "whole"):
+            pass
+        model = latent_diffusion(*load_model(folder / "whole"))
+        captions = ["noto red heart", "twemoji volcano", ""]
+        x = model.sample(captions, steps=2)
+        assert torch.allclose(x, model.sample(captions, steps=2, batch=2), atol=1e-4)
+
+    def test_latents_with_classes_are_drawn_and_decoded(self, runs) -> None:
+        folder, ldm, few = runs
+        options = {"channels": 4, "widths": [8, 8], "blocks": 1, "attention": [1], "classes": 9}
+        names = ("data", "autoencoder", "size", "batch", "lr")
+        recipe = Diffusion(
+            name="small",
+            about="",
+            network="LiteUNet",
+            options=options,
+            images=64,
+            **{n: getattr(ldm, n) for n in names},
+        )
+        data = training_set(recipe)
+        assert torch.equal(data.z, training_set(ldm).z)
+        assert torch.equal(data.labels, few["train"].labels)
+        for _ in train(recipe, folder / "classes"):
+            pass
+        network, _ = load_model(folder / "classes")
+        autoencoder, _ = load_model(folder / "vae")
+        y = torch.tensor([0, 3, 9])
+        (x,) = draw_images(network, recipe, y, steps=3, sampler="dpmpp", autoencoder=autoencoder)
+        schedule, generators = recipe.noise_schedule(), [stream(0, "image", i) for i in range(3)]
+        z_T = torch.stack([torch.randn(4, 8, 8, generator=g) for g in generators])
+        denoiser = as_eps(guided(network, y), schedule, "v")
+        z_0 = dpmpp_2m_sample(denoiser, z_T, schedule, trailing_timesteps(1000, 3))  # not clipped
+        assert torch.allclose(x, autoencoder.decode(z_0 / autoencoder.scale).clamp(-1, 1), atol=1e-4)
 
     def test_captions_are_dropped_as_a_whole(self) -> None:
         ldm = replace(find_recipe("emoji-ldm"), label_drop=0.25)

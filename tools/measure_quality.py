@@ -28,7 +28,7 @@ import torch
 from diffbook.autoencoder import VAE
 from diffbook.data import cache_folder
 from diffbook.evaluation import decode_images, draw_images
-from diffbook.recipes import Diffusion
+from diffbook.recipes import Autoencoding, Diffusion
 from diffbook.weights import load_model, model_card, source_of, write_atomically
 
 
@@ -65,6 +65,8 @@ EVALUATIONS: dict[str, list[list[str]]] = {
         ["--metric", "neighbours", "--number", "2000"],
         *[["--metric", "bits", "--number", "5000", "--importance", str(K)] for K in (1, 10, 100)],
     ],
+    "emoji-vae": [[]],
+    "emoji-matcher": [[]],
 }
 TIMED, ROUNDS = 64, 9  # images drawn at once, and how often
 
@@ -86,7 +88,10 @@ def result(model: str, arguments: list[str]) -> dict[str, Any]:
 
 
 def seconds_per_image(models: list[str]) -> dict[str, dict[str, Any]]:
-    """Median seconds an image, on one thread; the models take turns, so that other programs disturb all alike."""
+    """Median seconds an image, of models that draw, on one thread.
+
+    The models take turns, so that other programs disturb all alike.
+    """
     torch.set_num_threads(1)
     draw: dict[str, Callable[[], Any]] = {}
     for name in models:
@@ -114,9 +119,11 @@ def main() -> None:
     with ThreadPoolExecutor(options.jobs) as pool:
         work = {name: [pool.submit(result, name, a) for a in EVALUATIONS[name]] for name in options.model}
         quality = {name: [future.result() for future in futures] for name, futures in work.items()}
-    speed = seconds_per_image(list(EVALUATIONS))
+    # All take part, but only if one of them is asked for.
+    draws = [name for name in EVALUATIONS if isinstance(load_model(name)[1], (Diffusion, Autoencoding))]
+    speed = seconds_per_image(draws) if {*draws} & {*options.model} else {}
     for name, results in quality.items():
-        card = model_card(name) | {"quality": [*results, speed[name]]}
+        card = model_card(name) | {"quality": [*results, *([speed[name]] if name in speed else [])]}
         path = source_of(name).with_suffix(".json")
         write_atomically(path, (json.dumps(card, indent=1, sort_keys=True) + "\n").encode())
 

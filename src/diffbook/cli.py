@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 import diffbook
-from diffbook.autoencoder import VAE
-from diffbook.classifier import Classifier
-from diffbook.data import IMAGE_SETS, TOY_SETS, ImageSet, cache_folder, emoji_rows
+from diffbook.autoencoder import VAE, SpatialVAE
+from diffbook.classifier import CaptionMatcher, Classifier
+from diffbook.composition import compare, distractors, rank, share
+from diffbook.data import IMAGE_SETS, TOY_SETS, ImageSet, cache_folder, emoji64, emoji_rows
 from diffbook.evaluation import (
     SAMPLERS,
     accuracy,
@@ -33,7 +34,9 @@ from diffbook.evaluation import (
     importance_sums,
     nearest_neighbours,
     precision_recall,
+    psnr,
 )
+from diffbook.latent import LatentDiffusion, emoji_vocabulary, from_latents, to_latents
 from diffbook.recipes import RECIPES, CaptionedDiffusion, Diffusion, Recipe, find_recipe
 from diffbook.training import read_log, train
 from diffbook.weights import (
@@ -194,7 +197,15 @@ def evaluate(options: argparse.Namespace) -> dict[str, object]:
     """Measure a classifier's accuracy, or a generative model's Fréchet distance to the test set or its bits per dim."""
     network, recipe = load_model(options.name, _device(options.device))
     _check_counts(options)
+    if isinstance(recipe, CaptionedDiffusion):
+        return {"name": options.name} | _evaluate_captions(latent_diffusion(network, recipe), options)
+    if isinstance(network, CaptionMatcher):
+        return {"name": options.name} | _evaluate_matcher(network)
     test = IMAGE_SETS[recipe.data]("test")
+    if isinstance(network, SpatialVAE):
+        return {"name": options.name} | _evaluate_autoencoder(network, test)
+    if options.metric == "composition":
+        raise ValueError(f"--metric {options.metric}: {options.name} knows no captions")
     if isinstance(network, Classifier):
         result: dict[str, object] = {"accuracy": round(accuracy(network, test), 4), "images": len(test)}
     elif options.metric == "bits":
@@ -204,6 +215,71 @@ def evaluate(options: argparse.Namespace) -> dict[str, object]:
     else:
         result = _frechet(network, recipe, test, options)
     return {"name": options.name} | result
+
+
+def _evaluate_matcher(matcher: CaptionMatcher) -> dict[str, object]:
+    """How often a picture of the test is nearest to its own caption, of a hundred of which some are hard."""
+    train, test = emoji64("train"), emoji64("test")
+    rows, captions = train.rows + test.rows, train.captions + test.captions
+    features, y = image_features(matcher, test.x()), emoji_vocabulary().encode(captions)
+    codes = matcher.cpu().code(y)
+    ranks = [rank(features[i], codes[len(train) + i], codes[distractors(row, rows)]) for i, row in enumerate(test.rows)]
+    return {"captions": len(test), "distractors": 99} | {f"top_{k}": share(ranks, k) for k in (1, 5)}
+
+
+@torch.no_grad()
+def _evaluate_autoencoder(autoencoder: SpatialVAE, test: ImageSet) -> dict[str, object]:
+    """PSNR of the reconstructed test images, and the size of their scaled latents."""
+    device, parts = next(autoencoder.parameters()).device, torch.arange(len(test)).split(250)
+    z = torch.cat([to_latents(autoencoder, test.x(part).to(device)) for part in parts])
+    decibels = torch.cat([psnr(from_latents(autoencoder, z[part]).cpu(), test.x(part)) for part in parts])
+    return {
+        "metric": "psnr",
+        "psnr": round(decibels.mean().item(), 3),
+        "psnr_worst": round(decibels.min().item(), 3),
+        "std_of_scaled_latents": round(z.std().item(), 4),
+        "images": len(test),
+    }
+
+
+def _evaluate_captions(model: LatentDiffusion, options: argparse.Namespace) -> dict[str, object]:
+    """Measure what a model of captions draws; the features are those of emoji-matcher.
+
+    Metrics: Fréchet distance to all training images, with captions of the training set; how near its pictures are to
+    training images; or composition, for the captions of the test.
+    """
+    matcher, _ = load_model("emoji-matcher")
+    assert isinstance(matcher, CaptionMatcher)
+    train, test, n = emoji64("train"), emoji64("test"), options.number
+    split = test if options.metric == "composition" or options.captions == "test" else train
+    if options.metric == "composition":
+        n = len(test)
+    index = torch.arange(n) * len(split) // n
+    captions = [split.captions[i] for i in index.tolist()]
+    x = model.sample(captions, options.steps, options.guidance, options.seed).cpu()
+    features, reference = image_features(matcher, x), image_features(matcher, train.x())
+    about: dict[str, object] = {"metric": options.metric, "images": n, "captions": split.rows[0].split}
+    about |= {"steps": options.steps, "guidance": options.guidance, "seed": options.seed}
+    if options.metric == "composition":
+        everything = torch.cat([reference, image_features(matcher, test.x())])
+        return about | {"distractors": 99, "results": compare(features, everything, train.rows + test.rows)}
+    if options.metric == "neighbours":
+        return about | _neighbours_of(x, train, test)
+    if options.metric != "frechet":
+        raise ValueError(f"--metric {options.metric}: not for a model of captions")
+    distance = frechet_jackknife(features, reference)
+    real = image_features(matcher, split.x(index))
+    precision, recall = precision_recall(real, features)
+    says = matcher.code(emoji_vocabulary().encode(captions)) / features.shape[1]
+    return about | {
+        "frechet_distance": round(distance.value, 3),
+        "standard_error": round(distance.standard_error, 3),
+        "bias": round(distance.bias, 3),
+        "precision": round(precision, 4),
+        "recall": round(recall, 4),
+        "caption_similarity": round((features * says).sum(1).mean().item(), 4),
+        "caption_similarity_of_real": round((real * says).sum(1).mean().item(), 4),
+    }
 
 
 def _frechet(
@@ -239,18 +315,19 @@ def _neighbours(
     """How near to the training set a model's images are, and how near the test images are, which nobody copied."""
     train = IMAGE_SETS[recipe.data]("train")
     x, how = _drawn(network, options)
+    about: dict[str, object] = {"metric": "neighbours", "images": options.number, "seed": options.seed}
+    return about | {"reference": f"{recipe.data}, train, {len(train)} images"} | _neighbours_of(x, train, test) | how
+
+
+def _neighbours_of(x: Tensor, train: ImageSet, test: ImageSet) -> dict[str, object]:
     drawn, usual = (nearest_neighbours(images, train.x())[0][:, 0] for images in (x.cpu(), test.x()))
     threshold = usual.quantile(0.01)
     return {
-        "metric": "neighbours",
         "median_distance": round(drawn.median().item(), 4),
         "median_distance_of_test_images": round(usual.median().item(), 4),
         "smallest_distance": round(drawn.min().item(), 4),
         "nearer_than_99_percent_of_test_images": round((drawn < threshold).double().mean().item(), 4),
-        "images": options.number,
-        "reference": f"{recipe.data}, train, {len(train)} images",
-        "seed": options.seed,
-    } | how
+    }
 
 
 def _drawn(network: torch.nn.Module, options: argparse.Namespace) -> tuple[Tensor, dict[str, object]]:
@@ -440,9 +517,10 @@ def _parser() -> argparse.ArgumentParser:
     p = commands.add_parser("evaluate", parents=[common, drawing], help="measure how good a model is")
     p.add_argument(
         "--metric",
-        choices=("frechet", "bits", "neighbours"),
+        choices=("frechet", "bits", "neighbours", "composition"),
         default="frechet",
-        help="Fréchet distance, bits per dimension by a bound, or distance to training images (default: frechet)",
+        help="Fréchet distance, bits per dimension by a bound, distance to training images, or, for a model of "
+        "captions, whether it draws combinations it has not seen (default: frechet)",
     )
     p.add_argument("--number", type=int, default=10_000, help="how many images to draw, or to measure (default: 10000)")
     p.add_argument(
@@ -452,6 +530,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--null", action="store_true", help="of the model without classes")
     p.add_argument("--importance", type=int, default=100, help="bits of a VAE: samples of z an image (default: 100)")
     p.add_argument("--classifier", default="fashion-classifier", help="whose features are compared")
+    p.add_argument("--captions", choices=("train", "test"), default="train", help="for a model of captions: whose")
     p.set_defaults(command=evaluate)
 
     p = commands.add_parser("export", parents=[common], help="write a run's weights in float16, with a model card")

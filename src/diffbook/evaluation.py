@@ -9,10 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from diffbook.autoencoder import VAE, importance_weighted_bound
-from diffbook.classifier import Classifier
+from diffbook.autoencoder import VAE, SpatialVAE, importance_weighted_bound
+from diffbook.classifier import CaptionMatcher, Classifier
 from diffbook.data import ImageSet
 from diffbook.diffusion import variational_bound
+from diffbook.latent import from_latents
 from diffbook.recipes import Diffusion, stream
 from diffbook.sampling import as_eps, ddim_sample, ddpm_sample, dpmpp_2m_sample, guided, timesteps, trailing_timesteps
 
@@ -79,7 +80,7 @@ def _root(covariance: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def image_features(classifier: Classifier, x: Tensor, batch: int = 500) -> Tensor:
+def image_features(classifier: Classifier | CaptionMatcher, x: Tensor, batch: int = 500) -> Tensor:
     """Features of images ``(N, C, H, W)`` in [-1, 1], float32 on the CPU, shape ``(N, D)``.
 
     Raises:
@@ -101,6 +102,19 @@ def accuracy(classifier: Classifier, images: ImageSet, batch: int = 500) -> floa
     features = image_features(classifier, images.x(), batch)
     device = next(classifier.parameters()).device
     return (classifier.head(features.to(device)).argmax(1).cpu() == images.labels.cpu()).double().mean().item()
+
+
+def psnr(x: Tensor, y: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each image in dB, shape ``(B,)``: 10 log10(2² / mean square error).
+
+    2 is the width of the range [-1, 1]; one more bit of accuracy is worth 6 dB.
+
+    Raises:
+        ValueError: shapes that differ.
+    """
+    if x.shape != y.shape:
+        raise ValueError(f"images must have the same shape, got {tuple(x.shape)} and {tuple(y.shape)}")
+    return 10 * torch.log10(4 / (x - y).square().flatten(1).mean(1))
 
 
 def bits_per_dim(nats: float | Tensor, dims: int) -> float | Tensor:
@@ -282,6 +296,7 @@ def draw_images(
     seed: int = 0,
     sampler: str = "ddim",
     batch: int = 250,
+    autoencoder: SpatialVAE | None = None,
 ) -> Iterator[Tensor]:
     """Draw images of the classes ``y``, a batch at a time.
 
@@ -292,6 +307,7 @@ def draw_images(
         steps: network calls an image (twice as many with guidance).
         w: weight of the guidance, see :func:`diffbook.sampling.guided`.
         sampler: a name in ``SAMPLERS``.
+        autoencoder: of the latents that the recipe learns; they are not clipped on the way, and decoded at the end.
 
     Yields:
         Images, shape ``(B, C, H, W)``, clipped to [-1, 1], on the network's device.
@@ -310,7 +326,9 @@ def draw_images(
         denoiser = as_eps(guided(network, labels, w), schedule, predicts=recipe.predicts)
         fresh_noise = {"generator": generators} if sampler == "ddpm" else {}
         _, sample, grid = SAMPLERS[sampler]
-        yield sample(denoiser, x_T, schedule, grid(recipe.T, steps), clip=1.0, **fresh_noise)
+        clip = 1.0 if autoencoder is None else None
+        x_0 = sample(denoiser, x_T, schedule, grid(recipe.T, steps), clip=clip, **fresh_noise)
+        yield x_0 if autoencoder is None else from_latents(autoencoder, x_0)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ classes, with V in the place of the null class.
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ from diffbook.autoencoder import SpatialVAE
 from diffbook.data import emoji_rows
 from diffbook.sampling import as_eps, dpmpp_2m_sample, guided, trailing_timesteps
 from diffbook.schedule import NoiseSchedule
-from diffbook.unet import time_embedding
+from diffbook.unet import Attention as SelfAttention
+from diffbook.unet import ResBlock, group_norm, time_embedding, zeroed
 
 
 class UnknownWordWarning(UserWarning):
@@ -131,32 +133,36 @@ class CaptionEncoder(nn.Module):
         return self.norm(h), mask
 
 
-class Block(nn.Module):
-    """Self-attention over the places of the latent, attention to the caption, and a small network for each place."""
+class Stage(nn.Module):
+    """Residual blocks, self-attention over the places, and attention of each place to the words of the caption."""
 
-    def __init__(self, width: int, context: int, heads: int) -> None:
+    def __init__(self, width: int, blocks: int, embedding: int, text: int, heads: int) -> None:
         super().__init__()
-        self.norm1, self.attention = nn.LayerNorm(width), Attention(width, width, heads)
-        self.norm2, self.cross = nn.LayerNorm(width), Attention(width, context, heads)
-        self.norm3, self.mlp = nn.LayerNorm(width), _mlp(width)
-        self.embed = nn.Linear(width, 2 * width)
+        self.blocks = nn.ModuleList([ResBlock(width, width, embedding) for _ in range(blocks)])
+        self.attention = SelfAttention(width, heads)
+        self.norm, self.cross = group_norm(width), Attention(width, text, heads)
 
-    def forward(self, h: Tensor, embedding: Tensor, caption: Tensor, mask: Tensor) -> Tensor:
-        before, inside = self.embed(embedding)[:, None].chunk(2, dim=2)
-        n = self.norm1(h) + before
-        h = h + self.attention(n, n)
-        h = h + self.cross(self.norm2(h), caption, mask)
-        return h + self.mlp(self.norm3(h) + inside)
+    def forward(self, h: Tensor, embedding: Tensor, words: Tensor, mask: Tensor) -> Tensor:
+        for block in self.blocks:
+            h = block(h, embedding)
+        h = self.attention(h)
+        places = self.norm(h).flatten(2).transpose(1, 2)  # (B, H·W, C)
+        return h + self.cross(places, words, mask).transpose(1, 2).reshape(h.shape)
 
 
-class LatentTransformer(nn.Module):
-    """A network on latents that is told the time and a caption: a transformer whose tokens are the latent's places.
+class CaptionUNet(nn.Module):
+    """A U-Net on latents that is told the time and a caption.
+
+    The whole caption goes into the embedding, as a class does; its words are looked at one by one in each stage.
+    The skip connections are those of :class:`diffbook.unet.LiteUNet`: one a level, added.
 
     Args:
         latent: shape (C, H, W) of a latent.
         words, length: V and L of the captions, see :class:`Vocabulary`.
-        width: of the tokens, text: of the caption's features.
-        depth: number of blocks.
+        widths: channels inside, a number for each level; from level to level height and width are halved.
+        blocks: residual blocks a stage.
+        heads: of all attention.
+        text: width of the caption's features.
     """
 
     def __init__(
@@ -164,23 +170,35 @@ class LatentTransformer(nn.Module):
         latent: Sequence[int],
         words: int,
         length: int,
-        width: int = 176,
-        depth: int = 6,
+        widths: Sequence[int],
+        blocks: int = 2,
         heads: int = 4,
         text: int = 128,
     ) -> None:
         super().__init__()
         C, H, W = self.latent = tuple(latent)
+        multiple = 2 ** (len(widths) - 1)
+        if not widths or blocks < 1 or H % multiple or W % multiple:
+            raise ValueError(
+                f"need widths, blocks of at least 1, and a latent whose sides are multiples of {multiple}; "
+                f"got widths {tuple(widths)}, blocks {blocks}, latent {self.latent}"
+            )
         self.classes = words  # the null label, for guided()
-        self.caption = CaptionEncoder(words, length, text)
-        self.pooled = nn.Linear(text, width)
-        self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
-        self.stem = nn.Linear(C, width)
-        self.place = nn.Parameter(0.02 * torch.randn(H * W, width))
-        self.blocks = nn.ModuleList([Block(width, text, heads) for _ in range(depth)])
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, C)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        base, E = widths[0], 2 * widths[0]
+
+        def stage(width: int) -> Stage:
+            return Stage(width, blocks, E, text, heads)
+
+        self.caption, self.pooled = CaptionEncoder(words, length, text), nn.Linear(text, E)
+        self.time = nn.Sequential(nn.Linear(base, E), nn.SiLU(), nn.Linear(E, E))
+        self.stem = nn.Conv2d(C, base, 3, padding=1)
+        pairs = list(itertools.pairwise(widths))
+        self.down = nn.ModuleList([stage(width) for width in widths[:-1]])
+        self.shrink = nn.ModuleList([nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairs])
+        self.middle = nn.ModuleList([stage(widths[-1]), stage(widths[-1])])
+        self.grow = nn.ModuleList([nn.Conv2d(b, a, 1) for a, b in reversed(pairs)])
+        self.up = nn.ModuleList([stage(width) for width in reversed(widths[:-1])])
+        self.head = nn.Sequential(group_norm(base), nn.SiLU(), zeroed(nn.Conv2d(base, C, 3, padding=1)))
 
     def forward(self, z: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """The network's output, of the shape and dtype of ``z``.
@@ -200,14 +218,21 @@ class LatentTransformer(nn.Module):
             y = torch.full((len(z), len(self.caption.place) - 1), self.classes, device=z.device)
         if len(y) != len(z):
             raise ValueError(f"y must have a caption for each of the {len(z)} latents, got {len(y)}")
-        caption, mask = self.caption(y)
-        weight = mask.to(caption.dtype)[:, :, None]
-        pooled = (weight * caption).sum(1) / weight.sum(1)
-        embedding = F.silu(self.time(time_embedding(t, self.place.shape[1])) + self.pooled(pooled))
-        h = self.stem(z.to(self.place.dtype).flatten(2).transpose(1, 2)) + self.place
-        for block in self.blocks:
-            h = block(h, embedding, caption, mask)
-        return self.head(self.norm(h)).transpose(1, 2).reshape(z.shape).to(z.dtype)
+        words, mask = self.caption(y)
+        weight = mask.to(words.dtype)[:, :, None]
+        pooled = self.pooled((weight * words).sum(1) / weight.sum(1))
+        embedding = F.silu(self.time(time_embedding(t, self.stem.out_channels)) + pooled)
+        told = (embedding, words, mask)
+        h, skips = self.stem(z.to(self.stem.weight.dtype)), []
+        for stage, shrink in zip(self.down, self.shrink, strict=True):
+            h = stage(h, *told)
+            skips.append(h)
+            h = shrink(h)
+        for stage in self.middle:
+            h = stage(h, *told)
+        for grow, stage in zip(self.grow, self.up, strict=True):
+            h = stage(F.interpolate(grow(h), scale_factor=2) + skips.pop(), *told)
+        return self.head(h).to(z.dtype)
 
 
 def _mlp(width: int) -> nn.Sequential:
@@ -273,7 +298,7 @@ class LatentDiffusion:
     def __init__(
         self,
         autoencoder: SpatialVAE,
-        network: LatentTransformer,
+        network: CaptionUNet,
         schedule: NoiseSchedule,
         vocabulary: Vocabulary,
         predicts: str = "v",
@@ -286,7 +311,9 @@ class LatentDiffusion:
         self.autoencoder, self.network, self.schedule = autoencoder, network, schedule
         self.vocabulary, self.predicts = vocabulary, predicts
 
-    def sample(self, captions: Sequence[str], steps: int = 20, w: float = 3.0, seed: int = 0) -> Tensor:
+    def sample(
+        self, captions: Sequence[str], steps: int = 20, w: float = 3.0, seed: int = 0, batch: int = 50
+    ) -> Tensor:
         """A picture for each caption, shape ``(B, C, H, W)``, in [-1, 1].
 
         z_T is noise, z_0 comes out of the reverse process by DPM-Solver++(2M), and the decoder makes x of it. The
@@ -295,11 +322,13 @@ class LatentDiffusion:
         Args:
             steps: network calls, twice as many with guidance.
             w: weight of the guidance, see :func:`diffbook.sampling.guided`.
+            batch: how many are drawn at a time.
         """
-        device = self.network.place.device
-        generators = [torch.Generator().manual_seed(seed * 1_000_003 + i) for i in range(len(captions))]
-        z_T = torch.stack([torch.randn(self.network.latent, generator=g) for g in generators]).to(device)
-        y = self.vocabulary.encode(captions).to(device)
-        denoiser = as_eps(guided(self.network, y, w), self.schedule, self.predicts)
-        z_0 = dpmpp_2m_sample(denoiser, z_T, self.schedule, trailing_timesteps(self.schedule.T, steps))
-        return from_latents(self.autoencoder, z_0)
+        device, times = self.network.stem.weight.device, trailing_timesteps(self.schedule.T, steps)
+        y, x = self.vocabulary.encode(captions).to(device), []
+        for numbers in torch.arange(len(y)).split(batch):
+            generators = [torch.Generator().manual_seed(seed * 1_000_003 + i) for i in numbers.tolist()]
+            z_T = torch.stack([torch.randn(self.network.latent, generator=g) for g in generators]).to(device)
+            denoiser = as_eps(guided(self.network, y[numbers], w), self.schedule, self.predicts)
+            x.append(from_latents(self.autoencoder, dpmpp_2m_sample(denoiser, z_T, self.schedule, times)))
+        return torch.cat(x)

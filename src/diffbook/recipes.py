@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffbook.autoencoder import VAE, SpatialVAE, elbo, fit_scale
-from diffbook.classifier import Classifier
+from diffbook.classifier import CaptionMatcher, Classifier
 from diffbook.data import ImageSet
 from diffbook.diffusion import q_sample, v_target
 from diffbook.gaussian import kl_diagonal
-from diffbook.latent import LatentSet, LatentTransformer
+from diffbook.latent import CaptionUNet, LatentSet
 from diffbook.schedule import NoiseSchedule, cosine_schedule, linear_schedule
 from diffbook.unet import LiteUNet, UNet
 
@@ -32,8 +32,9 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "LiteUNet": LiteUNet,
     "VAE": VAE,
     "SpatialVAE": SpatialVAE,
-    "LatentTransformer": LatentTransformer,
+    "CaptionUNet": CaptionUNet,
     "Classifier": Classifier,
+    "CaptionMatcher": CaptionMatcher,
 }
 SCHEDULES = {"linear": linear_schedule, "cosine": cosine_schedule}
 
@@ -103,15 +104,17 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True)
 class Diffusion(Recipe):
-    """A class-conditional diffusion model of images.
+    """A class-conditional diffusion model of images, or of an autoencoder's latents.
 
     Attributes:
-        size: height and width of the images.
+        autoencoder: the model that makes the latents, a name for :func:`diffbook.weights.load_model`; "" for none.
+        size: height and width of the images, or of the latents.
         schedule, T: the noise schedule, ``"linear"`` or ``"cosine"``, and its number of steps.
         predicts: what the network is trained to return: ``"v"``, ``"x_0"`` or ``"eps"``.
         label_drop: the share of labels that is replaced by the null class.
     """
 
+    autoencoder: str = ""
     size: int = 28
     schedule: str = "cosine"
     T: int = 1000
@@ -146,13 +149,7 @@ class Diffusion(Recipe):
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionedDiffusion(Diffusion):
-    """A diffusion model of an autoencoder's latents, with captions.
-
-    Attributes:
-        autoencoder: the model that makes the latents, a name for :func:`diffbook.weights.load_model`.
-    """
-
-    autoencoder: str
+    """A diffusion model of latents that is told captions in the place of classes."""
 
     def drop_labels(self, y: Tensor, generator: torch.Generator) -> Tensor:
         """Captions ``(B, L)``, each replaced as a whole by the null caption with the probability ``label_drop``.
@@ -210,13 +207,31 @@ class Classification(Recipe):
         return F.cross_entropy(network(x_0), y, label_smoothing=0.1)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Matching(Recipe):
+    """A matcher of images and captions: cross-entropy, in a batch, of the caption given the image and the other way.
+
+    Attributes:
+        shift: all images of a batch are moved by up to so many pixels, over white.
+    """
+
+    shift: int = 0
+
+    def loss(self, network: nn.Module, x_0: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
+        size, s = x_0.shape[-1], self.shift
+        i, j = torch.randint(0, 2 * s + 1, (2,), generator=generator, device=x_0.device).tolist()
+        x = F.pad(x_0, (s, s, s, s), value=1.0)[..., i : i + size, j : j + size]
+        logits, own = network(x, y), torch.arange(len(x), device=x.device)
+        return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+
+
 def recipe_from_json(stored: dict[str, Any]) -> Recipe:
     """The recipe that :meth:`Recipe.to_json` wrote; fields that did not exist then get their defaults.
 
     Raises:
         ValueError: an unknown kind of recipe, or an unknown or missing field.
     """
-    known = (Diffusion, CaptionedDiffusion, Autoencoding, Compression, Classification)
+    known = (Diffusion, CaptionedDiffusion, Autoencoding, Compression, Classification, Matching)
     kinds: dict[str, type[Recipe]] = {kind.__name__: kind for kind in known}
     values = dict(stored)
     kind = values.pop("kind", None)
@@ -319,11 +334,12 @@ _ALL: list[Recipe] = [
     CaptionedDiffusion(
         name="emoji-ldm",
         about="pictures of captions without a GPU: diffusion on the latents of emoji-vae",
-        network="LatentTransformer",
-        options={"latent": [4, 8, 8], "words": 1798, "length": 12, "width": 160, "depth": 6, "heads": 4, "text": 128},
+        network="CaptionUNet",
+        options={"latent": [4, 8, 8], "words": 1798, "length": 12, "widths": [128, 160], "blocks": 1, "text": 128},
         data="emoji64",
         autoencoder="emoji-vae",
-        images=1_200_000,
+        size=8,
+        images=1_600_000,
         batch=64,
         lr=1e-3,
         warmup=20_000,
@@ -339,6 +355,19 @@ _ALL: list[Recipe] = [
         lr=2e-3,
         warmup=10_000,
         weight_decay=0.05,
+    ),
+    Matching(
+        name="emoji-matcher",
+        about="knows captions of emoji64; pictures are compared in its features",
+        network="CaptionMatcher",
+        options={"channels": 3, "size": 64, "widths": [24, 48, 96, 96, 96], "features": 128, "words": 1798},
+        data="emoji64",
+        images=320_000,
+        batch=64,
+        lr=2e-3,
+        warmup=10_000,
+        weight_decay=0.05,
+        shift=4,
     ),
 ]
 RECIPES = {recipe.name: recipe for recipe in _ALL}

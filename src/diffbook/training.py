@@ -21,6 +21,7 @@ import hashlib
 import json
 import time
 from collections.abc import Generator, Iterator
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 from diffbook.autoencoder import SpatialVAE
 from diffbook.data import IMAGE_SETS, CaptionedImages, ImageSet, cache_folder
 from diffbook.latent import LatentSet, emoji_vocabulary, to_latents
-from diffbook.recipes import CaptionedDiffusion, Recipe, recipe_from_json, stream
+from diffbook.recipes import CaptionedDiffusion, Diffusion, Matching, Recipe, recipe_from_json, stream
 from diffbook.weights import (
     WeightsError,
     checkpoints,
@@ -175,28 +176,35 @@ def train(
 def training_set(recipe: Recipe, device: torch.device | str = "cpu") -> ImageSet | LatentSet:
     """What a recipe learns from, on the device: images, or the latents that its autoencoder makes of them.
 
-    Latents are computed once, in float32, and kept in the cache under the checksum of the autoencoder's weights.
+    Latents are computed once, in float32, and kept in the cache under a checksum of the autoencoder and the images.
 
     Raises:
         ValueError: the recipe's autoencoder is missing, or no autoencoder.
         DataError: see the function of the data set.
     """
     images = IMAGE_SETS[recipe.data]()
-    if not isinstance(recipe, CaptionedDiffusion):
-        return images.to(device)
-    assert isinstance(images, CaptionedImages)
-    source = source_of(recipe.autoencoder)
-    path = cache_folder() / "latents" / f"{hashlib.sha256(source.read_bytes()).hexdigest()[:16]}.safetensors"
+    labels = images.labels
+    if isinstance(recipe, (CaptionedDiffusion, Matching)):
+        assert isinstance(images, CaptionedImages)
+        labels = emoji_vocabulary().encode(images.captions)
+    if isinstance(recipe, Diffusion) and recipe.autoencoder:
+        return LatentSet(_latents(recipe.autoencoder, images, device), labels).to(device)
+    return replace(images, labels=labels).to(device)
+
+
+def _latents(autoencoder: str, images: ImageSet, device: torch.device | str) -> Tensor:
+    source = source_of(autoencoder)
+    key = hashlib.sha256(source.read_bytes() + images.images.cpu().numpy().tobytes()).hexdigest()
+    path = cache_folder() / "latents" / f"{key[:16]}.safetensors"
     if not path.exists():
-        autoencoder, _ = load_model(source, device)
-        if not isinstance(autoencoder, SpatialVAE):
-            raise ValueError(f"{recipe.autoencoder} is no autoencoder with latents for {recipe.name}")
+        model, _ = load_model(source, device)
+        if not isinstance(model, SpatialVAE):
+            raise ValueError(f"{autoencoder} is no autoencoder with latents")
         parts = torch.arange(len(images)).split(250)
-        z = torch.cat([to_latents(autoencoder, images.x(part).to(device)) for part in parts])
+        z = torch.cat([to_latents(model, images.x(part).to(device)) for part in parts])
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(path, {"z": z}, {"autoencoder": recipe.autoencoder})
-    z = read_tensors(path)[0]["z"]
-    return LatentSet(z, emoji_vocabulary().encode(images.captions)).to(device)
+        write_tensors(path, {"z": z}, {"autoencoder": autoencoder})
+    return read_tensors(path)[0]["z"]
 
 
 def image_order(seed: int, start: int, count: int, size: int, device: torch.device | str = "cpu") -> Tensor:

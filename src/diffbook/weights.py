@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from diffbook.autoencoder import SpatialVAE
-from diffbook.latent import LatentDiffusion, LatentTransformer, emoji_vocabulary
+from diffbook.latent import CaptionUNet, LatentDiffusion, emoji_vocabulary
 from diffbook.recipes import CaptionedDiffusion, Recipe, recipe_from_json
 
 
@@ -115,9 +115,9 @@ def latent_diffusion(network: nn.Module, recipe: Recipe) -> LatentDiffusion:
     Raises:
         ValueError: it is another kind of model; or its autoencoder is missing, or no autoencoder.
     """
-    if not isinstance(recipe, CaptionedDiffusion) or not isinstance(network, LatentTransformer):
+    if not isinstance(recipe, CaptionedDiffusion) or not isinstance(network, CaptionUNet):
         raise ValueError(f"the recipe {recipe.name!r} makes no latent diffusion model")
-    autoencoder, _ = load_model(recipe.autoencoder, network.place.device)
+    autoencoder, _ = load_model(recipe.autoencoder, network.stem.weight.device)
     if not isinstance(autoencoder, SpatialVAE):
         raise ValueError(f"{recipe.autoencoder} is no autoencoder with latents for {recipe.name}")
     return LatentDiffusion(autoencoder, network, recipe.noise_schedule(), emoji_vocabulary(), recipe.predicts)
@@ -133,6 +133,39 @@ def model_card(name: str) -> dict[str, Any]:
     """
     card: dict[str, Any] = json.loads(source_of(name).with_suffix(".json").read_text(encoding="utf-8"))
     return card
+
+
+def measured(name: str) -> dict[str, Any]:
+    """Results of a comparison that come with the package; ``tools/compare_NAME.py`` wrote them.
+
+    Raises:
+        ValueError: there are none of that name.
+    """
+    with resources.as_file(resources.files("diffbook") / "assets" / "results") as folder:
+        path = folder / f"{name}.json"
+        if not path.is_file():
+            raise ValueError(
+                f"no results {name!r}; there are {', '.join(sorted(p.stem for p in folder.glob('*.json')))}"
+            )
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def measured_pictures(name: str) -> Tensor:
+    """The pictures that belong to :func:`measured`, one image in [-1, 1], shape ``(3, H, W)``.
+
+    Raises:
+        ValueError: there are none of that name.
+    """
+    from torchvision.io import decode_image
+
+    with resources.as_file(resources.files("diffbook") / "assets" / "results") as folder:
+        path = folder / f"{name}.png"
+        if not path.is_file():
+            raise ValueError(
+                f"no pictures {name!r}; there are {', '.join(sorted(p.stem for p in folder.glob('*.png')))}"
+            )
+        return decode_image(str(path)).float() / 127.5 - 1
 
 
 def fill(network: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
