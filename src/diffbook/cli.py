@@ -18,7 +18,16 @@ import diffbook
 from diffbook.autoencoder import VAE, SpatialVAE
 from diffbook.classifier import CaptionMatcher, Classifier
 from diffbook.composition import compare, distractors, rank, share
-from diffbook.data import IMAGE_SETS, TOY_SETS, ImageSet, cache_folder, emoji64, emoji_rows
+from diffbook.data import (
+    IMAGE_SETS,
+    TOY_SETS,
+    ImageSet,
+    cache_folder,
+    emoji64,
+    emoji_rows,
+    folder_size,
+    image_set,
+)
 from diffbook.evaluation import (
     SAMPLERS,
     accuracy,
@@ -37,7 +46,7 @@ from diffbook.evaluation import (
     psnr,
 )
 from diffbook.latent import LatentDiffusion, emoji_vocabulary, from_latents, to_latents
-from diffbook.recipes import RECIPES, CaptionedDiffusion, Diffusion, Recipe, find_recipe
+from diffbook.recipes import RECIPES, CaptionedDiffusion, Diffusion, Recipe, find_recipe, with_data
 from diffbook.training import read_log, train
 from diffbook.weights import (
     checkpoints,
@@ -78,8 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def data(options: argparse.Namespace) -> dict[str, object]:
     """Fetch a data set if need be, check it, and describe it."""
     device = _device(options.device)
-    if options.name in IMAGE_SETS:
-        images = IMAGE_SETS[options.name](*([] if options.name == "digits" else [options.split])).to(device)
+    if options.name in IMAGE_SETS or folder_size(options.name):
+        images = image_set(options.name, options.split).to(device)
         x = images.x()
         counts = dict(zip(images.classes, images.labels.bincount().tolist(), strict=True))
         result: dict[str, object] = {"name": options.name, "shape": list(x.shape), "classes": counts}
@@ -115,6 +124,12 @@ def train_model(options: argparse.Namespace) -> dict[str, object]:
         if options.images < 1:
             raise ValueError(f"--images must be at least 1, got {options.images}")
         recipe = replace(recipe, images=options.images)
+    if options.data is not None:
+        recipe = with_data(recipe, options.data)
+    if options.autoencoder is not None:
+        if not isinstance(recipe, Diffusion) or not recipe.autoencoder:
+            raise ValueError(f"--autoencoder: {recipe.name} works on pixels")
+        recipe = replace(recipe, autoencoder=options.autoencoder)
     folder = options.folder or cache_folder() / "runs" / recipe.name
     done = [int(path.stem.removeprefix("checkpoint-")) for path in checkpoints(folder)]
     device = _device(options.device)
@@ -158,13 +173,13 @@ def sample(options: argparse.Namespace) -> dict[str, object]:
     if isinstance(recipe, CaptionedDiffusion):
         return _sample_captions(options)
     network, recipe = _diffusion(options)
-    K = recipe.options["classes"]
+    K = recipe.options.get("classes", 0)
     if options.label is not None and not 0 <= options.label <= K:
         raise ValueError(f"--label must lie in 0…{K} ({K} for no class), got {options.label}")
-    y = torch.arange(options.number) % K if options.label is None else torch.full((options.number,), options.label)
-    x = _draw(network, recipe, y, options)
+    y = _in_turn(recipe, options.number)
+    x = _draw(network, recipe, y if options.label is None else torch.full_like(y, options.label), options)
     path = options.to or Path(f"{recipe.name}.png")
-    save_grid(x, path, min(K, options.number))
+    save_grid(x, path, min(K or 10, options.number))
     drawn = {"name": recipe.name, "images": len(x), "file": str(path), "sampler": SAMPLERS[options.sampler][0]}
     return drawn | {"steps": options.steps, "guidance": options.guidance, "seed": options.seed}
 
@@ -201,7 +216,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, object]:
         return {"name": options.name} | _evaluate_captions(latent_diffusion(network, recipe), options)
     if isinstance(network, CaptionMatcher):
         return {"name": options.name} | _evaluate_matcher(network)
-    test = IMAGE_SETS[recipe.data]("test")
+    test = image_set(recipe.data, "test")
     if isinstance(network, SpatialVAE):
         return {"name": options.name} | _evaluate_autoencoder(network, test)
     if options.metric == "composition":
@@ -293,7 +308,7 @@ def _frechet(
     features, reference = image_features(classifier, x), image_features(classifier, test.x())
     distance = frechet_jackknife(features, reference)
     precision, recall = precision_recall(reference, features)
-    real = IMAGE_SETS[recipe.data]("train").x(slice(options.number))
+    real = image_set(recipe.data).x(slice(options.number))
     return {
         "frechet_distance": round(distance.value, 4),
         "standard_error": round(distance.standard_error, 4),
@@ -313,7 +328,7 @@ def _neighbours(
     network: torch.nn.Module, recipe: Recipe, test: ImageSet, options: argparse.Namespace
 ) -> dict[str, object]:
     """How near to the training set a model's images are, and how near the test images are, which nobody copied."""
-    train = IMAGE_SETS[recipe.data]("train")
+    train = image_set(recipe.data)
     x, how = _drawn(network, options)
     about: dict[str, object] = {"metric": "neighbours", "images": options.number, "seed": options.seed}
     return about | {"reference": f"{recipe.data}, train, {len(train)} images"} | _neighbours_of(x, train, test) | how
@@ -336,8 +351,8 @@ def _drawn(network: torch.nn.Module, options: argparse.Namespace) -> tuple[Tenso
         x = torch.cat(list(decode_images(network, options.number, options.seed)))
         return x, {"classes": "none", "sampler": "decoder mean", "steps": 1}
     network, recipe = _diffusion(options)
-    K = recipe.options["classes"]
-    y = torch.full((options.number,), K) if options.null else torch.arange(options.number) % K
+    y = _in_turn(recipe, options.number)
+    y = torch.full_like(y, recipe.options.get("classes", 0)) if options.null else y
     how = {"classes": "null" if options.null else "given", "sampler": SAMPLERS[options.sampler][0]}
     return _draw(network, recipe, y, options), how | {"steps": options.steps, "guidance": options.guidance}
 
@@ -358,7 +373,7 @@ def _bits_per_dim(
         parts, variance = geometric_parts(diffusion.T, options.times), options.variance
         about |= {"times_per_image": len(parts), "classes": "null" if options.null else "given", "variance": variance}
         if options.null:
-            y = torch.full_like(y, diffusion.options["classes"])
+            y = torch.full_like(y, diffusion.options.get("classes", 0))
         sums = _kept_sums(
             lambda skip: bound_sums(denoiser, diffusion, x, y, variance, parts, seed, skip), about, options
         )
@@ -402,6 +417,9 @@ def export(options: argparse.Namespace) -> dict[str, object]:
     source = source_of(options.name)
     network, recipe = load_model(source)
     _, about = read_tensors(source)
+    if size := folder_size(recipe.data):  # where somebody's images lie is nobody's business
+        recipe = replace(recipe, data=f"folder:{size}:{Path(recipe.data.split(':', 2)[2]).name}")
+        about["recipe"] = recipe.to_json()
     log = source.parent / "log.jsonl"
     curve = [[line["images"], line["loss"]] for line in read_log(log)] if log.exists() else []
     thin = max(len(curve) // 100, 1)
@@ -424,8 +442,8 @@ def _save_samples(network: torch.nn.Module, recipe: Recipe, path: Path) -> None:
         rows, model = emoji_rows("test"), latent_diffusion(network, recipe)
         save_grid(model.sample([rows[i * len(rows) // 80].caption for i in range(80)]), path, 10)
     elif isinstance(recipe, Diffusion):
-        y = torch.arange(80) % recipe.options["classes"]
-        save_grid(torch.cat(list(draw_images(network, recipe, y))), path, 10)
+        y, autoencoder = _in_turn(recipe, 80), _autoencoder(recipe, next(network.parameters()).device)
+        save_grid(torch.cat(list(draw_images(network, recipe, y, autoencoder=autoencoder))), path, 10)
     elif isinstance(network, VAE):
         save_grid(torch.cat(list(decode_images(network, 80))), path, 10)
 
@@ -441,12 +459,27 @@ def _draw(network: torch.nn.Module, recipe: Diffusion, y: Tensor, options: argpa
     """Images of the classes ``y``, on the CPU, with a progress bar."""
     from tqdm import tqdm
 
-    parts = []
+    parts, how = [], (options.steps, options.guidance, options.seed, options.sampler)
+    autoencoder = _autoencoder(recipe, next(network.parameters()).device)
     with tqdm(total=len(y), unit=" images", disable=None if not options.json else True) as bar:
-        for x in draw_images(network, recipe, y, options.steps, options.guidance, options.seed, options.sampler):
+        for x in draw_images(network, recipe, y, *how, autoencoder=autoencoder):
             parts.append(x.cpu())
             bar.update(len(x))
     return torch.cat(parts)
+
+
+def _in_turn(recipe: Diffusion, number: int) -> Tensor:
+    """All classes in turn; zeros for a model without classes."""
+    return torch.arange(number) % recipe.options.get("classes", 1)
+
+
+def _autoencoder(recipe: Diffusion, device: torch.device) -> SpatialVAE | None:
+    if not recipe.autoencoder:
+        return None
+    autoencoder, _ = load_model(recipe.autoencoder, device)
+    if not isinstance(autoencoder, SpatialVAE):
+        raise ValueError(f"{recipe.autoencoder} is no autoencoder with latents for {recipe.name}")
+    return autoencoder
 
 
 def _diffusion(options: argparse.Namespace) -> tuple[torch.nn.Module, Diffusion]:
@@ -497,6 +530,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("name", metavar="NAME", help=f"one of {', '.join(RECIPES)}")
     p.add_argument("--folder", type=Path, help="where checkpoints, log and samples go (default: in the cache)")
     p.add_argument("--images", type=int, help="train on so many images instead of the recipe's number")
+    p.add_argument("--data", help="other data than the recipe's: a name, or folder:SIZE:PATH for your own images")
+    p.add_argument("--autoencoder", help="for diffusion on latents: a model, a file, or the folder of a run")
     p.add_argument("--save-every", type=float, default=60.0, help="seconds between checkpoints (default: 60)")
     p.set_defaults(command=train_model)
 

@@ -1,4 +1,4 @@
-"""Data sets as tensors: Fashion-MNIST (all of it, or the bundled subset), digits, emoji, and toy sets in the plane.
+"""Data sets as tensors: Fashion-MNIST, emoji, CIFAR-10, digits, your own folder of images, and toy sets in the plane.
 
 Images are kept as uint8 and scaled to [-1, 1] when they are used: a quarter of the memory of float32, on the CPU
 as on a GPU.
@@ -13,6 +13,7 @@ import io
 import lzma
 import math
 import os
+import tarfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -71,6 +72,10 @@ _SUBSET = {
         ),
     ),
 }
+CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+CIFAR_ADDRESS = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+_CIFAR_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"  # as its authors' page gives it
+_CIFAR_FILES = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "test": ["test_batch.bin"]}
 EMOJI_STYLES = ("noto", "twemoji", "fluent")
 EMOJI_TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
 EMOJI_CATEGORIES = (
@@ -84,6 +89,7 @@ EMOJI_CATEGORIES = (
     "Symbols",
     "Flags",
 )
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
 EMOJI_SHEET = 16  # the archive keeps the pictures in sheets of so many rows and columns
 _EMOJI_ARCHIVE = resources.files("diffbook") / "assets" / "data" / "emoji64.zip"
 _EMOJI_SHA256 = "905b94ba6b36c107c0e1420b373fbbf08c782611c57bb39ab0bb2fb67783047c"
@@ -247,6 +253,97 @@ def fashion_subset(split: str = "train") -> ImageSet:
         return _read_image_set(folder, files)
 
 
+def cifar10(split: str = "train", root: str | Path | None = None, download: bool = True) -> ImageSet:
+    """CIFAR-10, 50,000 training or 10,000 test images of 32×32 in colour (Krizhevsky 2009).
+
+    Read from its *binary* distribution, ``cifar-10-binary.tar.gz`` or what is in it: the other one for Python is a
+    pickle, and to read a pickle is to run a program. Looked for in ``root`` if it is given; else in the folder that
+    ``DIFFBOOK_DATA`` names and in the cache, into which it is downloaded (170 MB) if it is in neither.
+
+    Raises:
+        ValueError: unknown split.
+        DataError: a file is damaged; or the data is nowhere and cannot be downloaded.
+    """
+    if split not in _CIFAR_FILES:
+        raise ValueError(f"split must be one of train, test, got {split!r}")
+    named, cache = os.environ.get("DIFFBOOK_DATA"), cache_folder() / "cifar-10"
+    folders = [Path(root)] if root is not None else [*([Path(named)] if named else []), cache]
+    for folder in folders:
+        content = _cifar_content(folder, _CIFAR_FILES[split])
+        if content is not None:
+            return _read_cifar(content)
+    if root is None and download:
+        _download(CIFAR_ADDRESS, cache, _CIFAR_MD5)
+        content = _cifar_content(cache, _CIFAR_FILES[split])
+        assert content is not None
+        return _read_cifar(content)
+    name = CIFAR_ADDRESS.rpartition("/")[2]
+    raise DataError(f"CIFAR-10 is not in {', '.join(map(str, folders))}: put {name} there, from {CIFAR_ADDRESS}")
+
+
+def image_folder(root: str | Path, size: int, split: str = "train") -> ImageSet:
+    """Your own images: a folder of PNG, JPEG, WebP, …, with a subfolder for each class, or all in one class.
+
+    Each image is turned as its camera says, laid on white where it is transparent, cut to the largest square in its
+    middle and scaled to ``size``. About one in twenty is held out for the test, by a hash of its name, so that new
+    files move none. What was read is kept in the cache until a file changes. All images are in memory, 3 · size² bytes
+    each.
+
+    Args:
+        size: height and width, a multiple of 8.
+
+    Raises:
+        ValueError: unknown split, or another size.
+        DataError: there is no such folder; no images are in it; or some cannot be read, which are named.
+    """
+    root = Path(root)
+    if split not in ("train", "test"):
+        raise ValueError(f"split must be one of train, test, got {split!r}")
+    if size < 8 or size % 8:
+        raise ValueError(f"size must be a positive multiple of 8, got {size}")
+    if not root.is_dir():
+        raise DataError(f"{root} is no folder: name a folder of images")
+    found = [path for path in sorted(root.rglob("*")) if path.suffix.lower() in IMAGE_SUFFIXES]
+    if not found:
+        raise DataError(f"there are no images in {root}; looked for {', '.join(IMAGE_SUFFIXES)}")
+    names = [path.relative_to(root).as_posix() for path in found]
+    held_out = [hashlib.sha256(name.encode()).digest()[0] < 13 for name in names]
+    kept = [path for path, test in zip(found, held_out, strict=True) if test == (split == "test")]
+    if not kept:
+        raise DataError(f"none of the {len(found)} images in {root} falls into the split {split!r}: add some")
+    classes = tuple(sorted({name.split("/")[0] if "/" in name else "" for name in names}))
+    labels = [classes.index(path.relative_to(root).parts[0] if path.parent != root else "") for path in kept]
+    return ImageSet(_read_images(root, kept, size), torch.tensor(labels), classes)
+
+
+def image_set(name: str, split: str = "train") -> ImageSet:
+    """The images that a recipe or a command names: a name in ``IMAGE_SETS``, or ``folder:SIZE:PATH``.
+
+    Raises:
+        ValueError: there is nothing of that name.
+        DataError: see the function of the data set.
+    """
+    size = folder_size(name)
+    if size:
+        return image_folder(name.split(":", 2)[2], size, split)
+    if name not in IMAGE_SETS:
+        raise ValueError(f"unknown data set {name!r}; there are {', '.join(IMAGE_SETS)} and folder:SIZE:PATH")
+    return IMAGE_SETS[name]() if name == "digits" else IMAGE_SETS[name](split)
+
+
+def folder_size(name: str) -> int:
+    """SIZE of ``folder:SIZE:PATH``; 0 for another name.
+
+    Raises:
+        ValueError: it begins so and does not go on so.
+    """
+    kind, _, rest = name.partition(":")
+    size, _, path = rest.partition(":")
+    if kind == "folder" and not (size.isdigit() and path):
+        raise ValueError(f"a folder is named as folder:SIZE:PATH, got {name!r}")
+    return int(size) if kind == "folder" else 0
+
+
 def emoji_rows(split: str = "train") -> tuple[Emoji, ...]:
     """What is known of the pictures of :func:`emoji64`, without the pictures, which take longer to read.
 
@@ -323,6 +420,7 @@ IMAGE_SETS: dict[str, Callable[..., ImageSet]] = {
     "fashion-subset": fashion_subset,
     "digits": digits,
     "emoji64": emoji64,
+    "cifar10": cifar10,
 }
 TOY_SETS: dict[str, Callable[..., Tensor]] = {
     "two-moons": two_moons,
@@ -355,6 +453,93 @@ def _download_fashion(folder: Path) -> None:
     except (OSError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"Fashion-MNIST could not be downloaded ({reason}). {_HOW_TO_GET}") from error
+
+
+def _download(address: str, folder: Path, md5: str) -> None:
+    from torchvision.datasets.utils import download_url
+
+    try:
+        download_url(address, str(folder), md5=md5)
+    except (OSError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"{address} could not be downloaded ({reason}): get it by hand, and put it into {folder}"
+        ) from error
+
+
+def _cifar_content(folder: Path, names: list[str]) -> list[tuple[Path, bytes]] | None:
+    """The files of a split, from the archive or from a folder; None if there is neither."""
+    archive = folder / CIFAR_ADDRESS.rpartition("/")[2]
+    if archive.is_file():
+        content = archive.read_bytes()
+        if hashlib.md5(content, usedforsecurity=False).hexdigest() != _CIFAR_MD5:
+            raise DataError(f"{archive} is not the expected file (wrong checksum): delete it and get {CIFAR_ADDRESS}")
+        with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+            members = [tar.extractfile(f"cifar-10-batches-bin/{name}") for name in names]
+            return [(archive / name, file.read()) for name, file in zip(names, members, strict=True) if file]
+    for place in (folder / "cifar-10-batches-bin", folder):
+        if (place / names[0]).is_file():
+            missing = [name for name in names if not (place / name).is_file()]
+            if missing:
+                raise DataError(f"{', '.join(missing)} missing in {place}: unpack {CIFAR_ADDRESS} again")
+            return [(place / name, (place / name).read_bytes()) for name in names]
+    return None
+
+
+def _read_cifar(files: list[tuple[Path, bytes]]) -> ImageSet:
+    """Records of a label and 3·32·32 bytes, red first, row by row; ten thousand a file."""
+    batches = []
+    for path, content in files:
+        if len(content) != 10_000 * 3073:
+            raise DataError(f"{path} has {len(content)} bytes and not {10_000 * 3073}: get {CIFAR_ADDRESS} again")
+        batches.append(torch.from_numpy(np.frombuffer(content, np.uint8).copy()).reshape(-1, 3073))
+        if batches[-1][:, 0].max() > 9:
+            raise DataError(f"{path} is damaged, it has labels above 9: get {CIFAR_ADDRESS} again")
+    records = torch.cat(batches)
+    return ImageSet(records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0].to(torch.int64), CIFAR_CLASSES)
+
+
+def _read_images(root: Path, paths: list[Path], size: int) -> Tensor:
+    """The images as they are used, uint8, ``(N, 3, size, size)``, from the cache if no file has changed."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file, save_file
+
+    about = [(path.relative_to(root).as_posix(), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    key = hashlib.sha256(repr((str(root.resolve()), size, about)).encode()).hexdigest()
+    kept = cache_folder() / "folders" / f"{key[:16]}.safetensors"
+    if kept.is_file():
+        try:
+            return load_file(kept)["images"]
+        except (SafetensorError, KeyError):  # cut off by a full disk: read them again
+            kept.unlink()
+    images, damaged = [], []
+    for path in paths:
+        try:
+            images.append(_square(path, size))
+        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for damaged files
+            damaged.append(f"{path} ({(str(error).splitlines() or [type(error).__name__])[0]})")
+    if damaged:
+        shown = "; ".join(damaged[:10]) + ("; …" if len(damaged) > 10 else "")
+        raise DataError(f"{len(damaged)} of {len(paths)} images cannot be read, move them away: {shown}")
+    whole = torch.stack(images)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    temporary = kept.with_name(f".{kept.name}.{os.getpid()}")
+    save_file({"images": whole}, temporary)
+    os.replace(temporary, kept)
+    return whole
+
+
+def _square(path: Path, size: int) -> Tensor:
+    from PIL import Image, ImageOps
+
+    with Image.open(path) as file:
+        picture = ImageOps.exif_transpose(file).convert("RGBA")
+    white = Image.new("RGBA", picture.size, "white")
+    whole = Image.alpha_composite(white, picture).convert("RGB")
+    (width, height), side = whole.size, min(whole.size)
+    left, top = (width - side) // 2, (height - side) // 2
+    square = whole.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1)
 
 
 def _split(

@@ -15,7 +15,7 @@ from diffbook.data import ImageSet
 from diffbook.diffusion import variational_bound
 from diffbook.latent import from_latents
 from diffbook.recipes import Diffusion, stream
-from diffbook.sampling import as_eps, ddim_sample, ddpm_sample, dpmpp_2m_sample, guided, timesteps, trailing_timesteps
+from diffbook.sampling import as_eps, ddim_sample, ddpm_sample, dpmpp_2m_sample, timesteps, trailing_timesteps
 
 
 def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
@@ -175,7 +175,7 @@ def bound_sums(
         labels = y[start : start + 100].to(device)
 
         def model(x_t: Tensor, t: Tensor, labels: Tensor = labels) -> Tensor:
-            return network(x_t.to(device), t.to(device), labels).cpu()
+            return recipe.denoiser(network, labels)(x_t.to(device), t.to(device)).cpu()
 
         part, generator = x[start : start + 100].cpu(), stream(seed, "bound", start)
         denoiser = as_eps(model, schedule, recipe.predicts)
@@ -323,7 +323,7 @@ def draw_images(
         labels = y[start : start + batch].to(device)
         generators = [stream(seed, "image", start + i) for i in range(len(labels))]
         x_T = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
-        denoiser = as_eps(guided(network, labels, w), schedule, predicts=recipe.predicts)
+        denoiser = as_eps(recipe.denoiser(network, labels, w), schedule, predicts=recipe.predicts)
         fresh_noise = {"generator": generators} if sampler == "ddpm" else {}
         _, sample, grid = SAMPLERS[sampler]
         clip = 1.0 if autoencoder is None else None

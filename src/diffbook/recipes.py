@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from diffbook.autoencoder import VAE, SpatialVAE, elbo, fit_scale
 from diffbook.classifier import CaptionMatcher, Classifier
-from diffbook.data import ImageSet
+from diffbook.data import ImageSet, folder_size
 from diffbook.diffusion import q_sample, v_target
 from diffbook.gaussian import kl_diagonal
 from diffbook.latent import CaptionUNet, LatentSet
+from diffbook.sampling import guided
 from diffbook.schedule import NoiseSchedule, cosine_schedule, linear_schedule
 from diffbook.unet import LiteUNet, UNet
 
@@ -79,6 +80,10 @@ class Recipe:
         """The loss of a batch, a scalar; everything random comes from the generator, on the device of ``x_0``."""
         raise TypeError(f"{type(self).__name__} has no loss")
 
+    def augment(self, x_0: Tensor, generator: torch.Generator) -> Tensor:
+        """The batch as training sees it; for most recipes as it is."""
+        return x_0
+
     def finish(self, averaged: nn.Module, data: ImageSet | LatentSet) -> None:
         """What is left to do with the averaged network after the last step; for most recipes nothing."""
 
@@ -112,6 +117,7 @@ class Diffusion(Recipe):
         schedule, T: the noise schedule, ``"linear"`` or ``"cosine"``, and its number of steps.
         predicts: what the network is trained to return: ``"v"``, ``"x_0"`` or ``"eps"``.
         label_drop: the share of labels that is replaced by the null class.
+        flip: show each image mirrored half of the time.
     """
 
     autoencoder: str = ""
@@ -120,6 +126,18 @@ class Diffusion(Recipe):
     T: int = 1000
     predicts: str = "v"
     label_drop: float = 0.1
+    flip: bool = False
+
+    def augment(self, x_0: Tensor, generator: torch.Generator) -> Tensor:
+        """Mirror each image, left to right, with probability 1/2, if the recipe says so."""
+        if not self.flip:
+            return x_0
+        mirrored = torch.rand(len(x_0), generator=generator, device=x_0.device) < 0.5
+        return torch.where(mirrored[:, None, None, None], x_0.flip(3), x_0)
+
+    def denoiser(self, network: Callable[..., Tensor], y: Tensor, w: float = 1.0) -> Callable[..., Tensor]:
+        """The network with its labels, called as ``denoiser(x_t, t)``; w is the weight of guidance."""
+        return guided(network, y, w)
 
     def noise_schedule(self) -> NoiseSchedule:
         """The schedule as a table."""
@@ -158,6 +176,39 @@ class CaptionedDiffusion(Diffusion):
         """
         dropped = torch.rand(len(y), generator=generator, device=y.device) < self.label_drop
         return torch.where(dropped[:, None], self.options["words"], y)
+
+
+class _WithoutLabels(nn.Module):
+    """A network that is called with labels, and does not look at them."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return self.network(x_t, t)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unconditional(Diffusion):
+    """A diffusion model that is told nothing but the time; its network has no classes."""
+
+    def loss(self, network: nn.Module, x_0: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
+        return super().loss(_WithoutLabels(network), x_0, y, generator)
+
+    def drop_labels(self, y: Tensor, generator: torch.Generator) -> Tensor:
+        """Labels as they are: nobody looks at them."""
+        return y
+
+    def denoiser(self, network: Callable[..., Tensor], y: Tensor, w: float = 1.0) -> Callable[..., Tensor]:
+        """The network alone.
+
+        Raises:
+            ValueError: w is not 1; there is nothing to be guided by.
+        """
+        if w != 1:
+            raise ValueError(f"{self.name} knows no classes: the weight of guidance must be 1, got {w}")
+        return network
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,7 +282,7 @@ def recipe_from_json(stored: dict[str, Any]) -> Recipe:
     Raises:
         ValueError: an unknown kind of recipe, or an unknown or missing field.
     """
-    known = (Diffusion, CaptionedDiffusion, Autoencoding, Compression, Classification, Matching)
+    known = (Diffusion, CaptionedDiffusion, Unconditional, Autoencoding, Compression, Classification, Matching)
     kinds: dict[str, type[Recipe]] = {kind.__name__: kind for kind in known}
     values = dict(stored)
     kind = values.pop("kind", None)
@@ -252,6 +303,21 @@ def find_recipe(name: str) -> Recipe:
     if name not in RECIPES:
         raise ValueError(f"unknown recipe {name!r}; there are {', '.join(RECIPES)}")
     return RECIPES[name]
+
+
+def with_data(recipe: Recipe, data: str) -> Recipe:
+    """The recipe for other data; sizes follow if it is ``folder:SIZE:PATH``.
+
+    Raises:
+        ValueError: see :func:`diffbook.data.folder_size`.
+    """
+    size = folder_size(data)
+    recipe = replace(recipe, data=data)
+    if size and isinstance(recipe, Compression):
+        return replace(recipe, options=recipe.options | {"size": size})
+    if size and isinstance(recipe, Diffusion):
+        return replace(recipe, size=size // 8 if recipe.autoencoder else size)  # every autoencoder here has f = 8
+    return recipe
 
 
 def stream(seed: int, purpose: str, number: int, device: torch.device | str = "cpu") -> torch.Generator:
@@ -344,6 +410,92 @@ _ALL: list[Recipe] = [
         lr=1e-3,
         warmup=20_000,
         ema=0.9995,
+    ),
+    Compression(
+        name="emoji-vae-gpu",
+        about="the autoencoder of emoji64 on a GPU, ten times as large",
+        network="SpatialVAE",
+        options={"channels": 3, "size": 64, "widths": [128, 256, 384], "blocks": 3, "latent": 4, "patch": 2},
+        data="emoji64",
+        images=4_000_000,
+        batch=256,
+        lr=5e-4,
+        warmup=100_000,
+        kl_weight=5e-3,
+        autocast=True,
+        compile=True,
+    ),
+    CaptionedDiffusion(
+        name="emoji-ldm-gpu",
+        about="pictures of captions on a GPU: diffusion on the latents of emoji-vae-gpu, ten times as large",
+        network="CaptionUNet",
+        options={"latent": [4, 8, 8], "words": 1798, "length": 12, "widths": [320, 512], "blocks": 2, "text": 256},
+        data="emoji64",
+        autoencoder="emoji-vae-gpu",
+        size=8,
+        images=20_000_000,
+        batch=512,
+        lr=5e-4,
+        warmup=200_000,
+        ema=0.9995,
+        autocast=True,
+        compile=True,
+    ),
+    # The paper keeps its learning rate after the warm-up; ours falls to 0 at the end, as everywhere in this book.
+    Unconditional(
+        name="cifar10-gpu",
+        about="CIFAR-10 with the network and the training of Ho et al. (2020): days on a GPU",
+        network="UNet",
+        options={
+            "channels": 3,
+            "widths": [128, 256, 256, 256],
+            "blocks": 2,
+            "attention": [1],
+            "dropout": 0.1,
+        },
+        data="cifar10",
+        size=32,
+        schedule="linear",
+        predicts="eps",
+        flip=True,
+        images=102_400_000,
+        batch=128,
+        lr=2e-4,
+        warmup=640_000,
+        weight_decay=0.0,
+        ema=0.9999,
+        autocast=True,
+        compile=True,
+    ),
+    Compression(
+        name="folder-vae",
+        about="an autoencoder of your own images: --data folder:SIZE:PATH",
+        network="SpatialVAE",
+        options={"channels": 3, "size": 128, "widths": [64, 128, 256], "blocks": 2, "latent": 4, "patch": 2},
+        data="folder:128:.",
+        images=2_000_000,
+        batch=32,
+        lr=5e-4,
+        warmup=50_000,
+        kl_weight=5e-3,
+        autocast=True,
+        compile=True,
+    ),
+    Unconditional(
+        name="folder-ldm",
+        about="diffusion on the latents of your own images: --data folder:SIZE:PATH --autoencoder RUN",
+        network="UNet",
+        options={"channels": 4, "widths": [192, 384], "blocks": 2, "attention": [0, 1], "heads": 6, "dropout": 0.1},
+        data="folder:128:.",
+        autoencoder="folder-vae",
+        size=16,
+        images=10_000_000,
+        batch=128,
+        lr=3e-4,
+        warmup=100_000,
+        ema=0.9995,
+        autocast=True,
+        compile=True,
     ),
     Classification(
         name="fashion-classifier",

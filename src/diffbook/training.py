@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from diffbook.autoencoder import SpatialVAE
-from diffbook.data import IMAGE_SETS, CaptionedImages, ImageSet, cache_folder
+from diffbook.data import CaptionedImages, ImageSet, cache_folder, image_set
 from diffbook.latent import LatentSet, emoji_vocabulary, to_latents
 from diffbook.recipes import CaptionedDiffusion, Diffusion, Matching, Recipe, recipe_from_json, stream
 from diffbook.weights import (
@@ -182,7 +182,7 @@ def training_set(recipe: Recipe, device: torch.device | str = "cpu") -> ImageSet
         ValueError: the recipe's autoencoder is missing, or no autoencoder.
         DataError: see the function of the data set.
     """
-    images = IMAGE_SETS[recipe.data]()
+    images = image_set(recipe.data)
     labels = images.labels
     if isinstance(recipe, (CaptionedDiffusion, Matching)):
         assert isinstance(images, CaptionedImages)
@@ -193,7 +193,10 @@ def training_set(recipe: Recipe, device: torch.device | str = "cpu") -> ImageSet
 
 
 def _latents(autoencoder: str, images: ImageSet, device: torch.device | str) -> Tensor:
-    source = source_of(autoencoder)
+    try:
+        source = source_of(autoencoder)
+    except ValueError as error:
+        raise ValueError(f"{error}; train {autoencoder} first, and name its run with --autoencoder FOLDER") from error
     key = hashlib.sha256(source.read_bytes() + images.images.cpu().numpy().tobytes()).hexdigest()
     path = cache_folder() / "latents" / f"{key[:16]}.safetensors"
     if not path.exists():
@@ -229,6 +232,7 @@ def _step(state: State, x_0: Tensor, y: Tensor) -> Step:
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(cuda), torch.autocast(device.type, torch.bfloat16, recipe.autocast and bool(cuda)):
         torch.manual_seed(stream(recipe.seed, "dropout", number).initial_seed())
+        x_0 = recipe.augment(x_0, stream(recipe.seed, "augment", number, device))
         loss = recipe.loss(state.network, x_0, y, stream(recipe.seed, "noise", number, device))
         loss.backward()
     norm = nn.utils.clip_grad_norm_(network, recipe.clip)
