@@ -283,6 +283,19 @@ class TestRecipes:
         assert [step.images for step in steps] == [2, 4]
         assert all(step.loss == step.loss and step.gradient_norm > 0 for step in steps)
 
+    def test_sampled_and_measured_without_classes(self, tmp_path, capsys, monkeypatch) -> None:
+        monkeypatch.setitem(data.IMAGE_SETS, "cifar10", lambda split="train": noise(32))
+        recipe = find_recipe("cifar10-gpu")
+        small = replace(recipe, options={"channels": 3, "widths": [8], "blocks": 1}, batch=2, images=4)
+        monkeypatch.setitem(RECIPES, "cifar10-gpu", small)
+        assert main(["train", "cifar10-gpu", "--folder", str(tmp_path / "run")]) == 0
+        command = ["evaluate", str(tmp_path / "run"), "--metric", "bits", "--number", "20", "--times", "3", "--json"]
+        capsys.readouterr()
+        assert main(command) == 0
+        assert json.loads(capsys.readouterr().out)["bits_per_dim"] > 1
+        assert main(["sample", str(tmp_path / "run"), "--label", "3"]) == 1
+        assert "--label must lie in 0…0" in capsys.readouterr().err
+
     def test_your_own_images_from_pixels_to_samples(self, pictures, tmp_path, capsys, monkeypatch) -> None:
         small = {
             "folder-vae": {"widths": [8, 8, 8], "blocks": 1},

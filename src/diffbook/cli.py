@@ -46,7 +46,16 @@ from diffbook.evaluation import (
     psnr,
 )
 from diffbook.latent import LatentDiffusion, emoji_vocabulary, from_latents, to_latents
-from diffbook.recipes import RECIPES, CaptionedDiffusion, Diffusion, Recipe, find_recipe, with_data
+from diffbook.recipes import (
+    RECIPES,
+    CaptionedDiffusion,
+    Diffusion,
+    Recipe,
+    Unconditional,
+    WithoutLabels,
+    find_recipe,
+    with_data,
+)
 from diffbook.training import read_log, train
 from diffbook.weights import (
     checkpoints,
@@ -370,6 +379,7 @@ def _bits_per_dim(
         bits = importance_in_bits(sums, x[0].numel())
     else:
         denoiser, diffusion = _diffusion(options)
+        denoiser = WithoutLabels(denoiser) if isinstance(diffusion, Unconditional) else denoiser
         parts, variance = geometric_parts(diffusion.T, options.times), options.variance
         about |= {"times_per_image": len(parts), "classes": "null" if options.null else "given", "variance": variance}
         if options.null:

@@ -175,7 +175,7 @@ def bound_sums(
         labels = y[start : start + 100].to(device)
 
         def model(x_t: Tensor, t: Tensor, labels: Tensor = labels) -> Tensor:
-            return recipe.denoiser(network, labels)(x_t.to(device), t.to(device)).cpu()
+            return network(x_t.to(device), t.to(device), labels).cpu()
 
         part, generator = x[start : start + 100].cpu(), stream(seed, "bound", start)
         denoiser = as_eps(model, schedule, recipe.predicts)

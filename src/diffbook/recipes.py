@@ -178,7 +178,7 @@ class CaptionedDiffusion(Diffusion):
         return torch.where(dropped[:, None], self.options["words"], y)
 
 
-class _WithoutLabels(nn.Module):
+class WithoutLabels(nn.Module):
     """A network that is called with labels, and does not look at them."""
 
     def __init__(self, network: nn.Module) -> None:
@@ -194,7 +194,7 @@ class Unconditional(Diffusion):
     """A diffusion model that is told nothing but the time; its network has no classes."""
 
     def loss(self, network: nn.Module, x_0: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
-        return super().loss(_WithoutLabels(network), x_0, y, generator)
+        return super().loss(WithoutLabels(network), x_0, y, generator)
 
     def drop_labels(self, y: Tensor, generator: torch.Generator) -> Tensor:
         """Labels as they are: nobody looks at them."""
