@@ -191,6 +191,39 @@ class TestImageFolder:
         (other,) = [i for i in images if not torch.equal(i, green) and not torch.equal(i, white)]
         return green, white, other
 
+    @pytest.mark.parametrize("other", ["test", "val"])
+    def test_a_folder_that_is_split_already(self, tmp_path, other) -> None:
+        for i in range(30):  # some of these names would be held out by their hash
+            paint(tmp_path / "train" / "a" / f"{i}.png", (i, 0, 0))
+            paint(tmp_path / "train" / "b" / f"{i}.png", (i, 0, 0))
+        for i in range(4):
+            paint(tmp_path / other / "b" / f"{i}.png", (0, 0, 200 + i))
+        train_set, test_set = image_folder(tmp_path, 16), image_folder(tmp_path, 16, "test")
+        assert train_set.classes == test_set.classes == ("a", "b")
+        assert train_set.labels.bincount().tolist() == [30, 30] and (train_set.images[:, 2] == 0).all()
+        assert test_set.labels.tolist() == [1] * 4 and (test_set.images[:, 2] >= 200).all()
+        paint(tmp_path / other / "c" / "0.png", (0, 0, 0))
+        with pytest.raises(DataError, match=r"has classes that .*train has not: c"):
+            image_folder(tmp_path, 16, "test")
+
+    def test_only_a_train_folder(self, tmp_path) -> None:
+        paint(tmp_path / "train" / "0.png", (0, 0, 0))
+        assert len(image_folder(tmp_path, 16)) == 1
+        with pytest.raises(DataError, match="a folder train, but neither test nor val"):
+            image_folder(tmp_path, 16, "test")
+
+    def test_hidden_files_and_sixteen_bits_and_huge_ones(self, tmp_path, monkeypatch) -> None:
+        (tmp_path / "train" / ".trash").mkdir(parents=True)
+        (tmp_path / "train" / "._a.png").write_bytes(b"what macOS leaves behind")
+        paint(tmp_path / "train" / ".trash" / "b.png", (1, 2, 3))
+        Image.fromarray(np.full((20, 20), 20_000, np.uint16)).save(tmp_path / "train" / "a.png")
+        images = image_folder(tmp_path, 16)
+        assert len(images) == 1 and (images.images == round(20_000 / 257)).all()
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+        paint(tmp_path / "train" / "huge.png", (0, 0, 0))
+        with pytest.raises(DataError, match=r"cannot be read, move them away: .*huge\.png"):
+            image_folder(tmp_path, 16)
+
     def test_read_once(self, pictures, tmp_path, monkeypatch) -> None:
         first, read = image_folder(pictures, 16), data._square
         monkeypatch.setattr(data, "_square", lambda *arguments: pytest.fail("read again"))
@@ -212,7 +245,7 @@ class TestImageFolder:
         with pytest.raises(DataError, match="is no folder"):
             image_folder(pictures / "notes.txt", 16)
         (tmp_path / "empty").mkdir()
-        with pytest.raises(DataError, match="there are no images in"):
+        with pytest.raises(DataError, match="there are no images for train in"):
             image_folder(tmp_path / "empty", 16)
         for i in range(12):
             (pictures / "red" / f"{i}.PNG").write_bytes(b"\x89PNG nothing")

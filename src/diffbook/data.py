@@ -285,16 +285,18 @@ def image_folder(root: str | Path, size: int, split: str = "train") -> ImageSet:
     """Your own images: a folder of PNG, JPEG, WebP, …, with a subfolder for each class, or all in one class.
 
     Each image is turned as its camera says, laid on white where it is transparent, cut to the largest square in its
-    middle and scaled to ``size``. About one in twenty is held out for the test, by a hash of its name, so that new
-    files move none. What was read is kept in the cache until a file changes. All images are in memory, 3 · size² bytes
-    each.
+    middle and scaled to ``size``. A folder that has subfolders ``train`` and ``test`` (or ``val``) is split by them;
+    else about one image in twenty is held out for the test, by a hash of its name, so that new files move none. Hidden
+    files are left out. What was read is kept in the cache until a file changes. All images are in memory, 3 · size²
+    bytes each.
 
     Args:
         size: height and width, a multiple of 8.
 
     Raises:
         ValueError: unknown split, or another size.
-        DataError: there is no such folder; no images are in it; or some cannot be read, which are named.
+        DataError: there is no such folder; no images are in it; the test has a class that training has not; or some
+            images cannot be read, which are named.
     """
     root = Path(root)
     if split not in ("train", "test"):
@@ -303,17 +305,23 @@ def image_folder(root: str | Path, size: int, split: str = "train") -> ImageSet:
         raise ValueError(f"size must be a positive multiple of 8, got {size}")
     if not root.is_dir():
         raise DataError(f"{root} is no folder: name a folder of images")
-    found = [path for path in sorted(root.rglob("*")) if path.suffix.lower() in IMAGE_SUFFIXES]
-    if not found:
-        raise DataError(f"there are no images in {root}; looked for {', '.join(IMAGE_SUFFIXES)}")
-    names = [path.relative_to(root).as_posix() for path in found]
-    held_out = [hashlib.sha256(name.encode()).digest()[0] < 13 for name in names]
-    kept = [path for path, test in zip(found, held_out, strict=True) if test == (split == "test")]
-    if not kept:
-        raise DataError(f"none of the {len(found)} images in {root} falls into the split {split!r}: add some")
-    classes = tuple(sorted({name.split("/")[0] if "/" in name else "" for name in names}))
-    labels = [classes.index(path.relative_to(root).parts[0] if path.parent != root else "") for path in kept]
-    return ImageSet(_read_images(root, kept, size), torch.tensor(labels), classes)
+    folders = {"train": root / "train", "test": root / "test" if (root / "test").is_dir() else root / "val"}
+    if folders["train"].is_dir():  # somebody has split them
+        base, known = folders[split], _class_names(_image_names(folders["train"]))
+        if not base.is_dir():
+            raise DataError(f"{root} has a folder train, but neither test nor val: make one, or move all out of train")
+        names = _image_names(base)
+    else:
+        base, everything = root, _image_names(root)
+        known = _class_names(everything)
+        names = [name for name in everything if _held_out(name) == (split == "test")]
+    if not names:
+        raise DataError(f"there are no images for {split} in {base}; looked for {', '.join(IMAGE_SUFFIXES)}")
+    foreign = [name for name in _class_names(names) if name not in known]
+    if foreign:
+        raise DataError(f"{base} has classes that {folders['train']} has not: {', '.join(foreign[:10])}")
+    labels = torch.tensor([known.index(_class_name(name)) for name in names])
+    return ImageSet(_read_images(base, [base / name for name in names], size), labels, known)
 
 
 def image_set(name: str, split: str = "train") -> ImageSet:
@@ -499,8 +507,27 @@ def _read_cifar(files: list[tuple[Path, bytes]]) -> ImageSet:
     return ImageSet(records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0].to(torch.int64), CIFAR_CLASSES)
 
 
+def _image_names(folder: Path) -> list[str]:
+    paths = [path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES]
+    return sorted(path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts))
+
+
+def _held_out(name: str) -> bool:
+    return hashlib.sha256(name.encode()).digest()[0] < 13  # of 256
+
+
+def _class_name(name: str) -> str:
+    """The first folder; "" where there is none."""
+    return name.partition("/")[0] if "/" in name else ""
+
+
+def _class_names(names: list[str]) -> tuple[str, ...]:
+    return tuple(sorted({_class_name(name) for name in names}))
+
+
 def _read_images(root: Path, paths: list[Path], size: int) -> Tensor:
     """The images as they are used, uint8, ``(N, 3, size, size)``, from the cache if no file has changed."""
+    from PIL import Image
     from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
 
@@ -516,7 +543,7 @@ def _read_images(root: Path, paths: list[Path], size: int) -> Tensor:
     for path in paths:
         try:
             images.append(_square(path, size))
-        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for damaged files
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             damaged.append(f"{path} ({(str(error).splitlines() or [type(error).__name__])[0]})")
     if damaged:
         shown = "; ".join(damaged[:10]) + ("; …" if len(damaged) > 10 else "")
@@ -533,7 +560,10 @@ def _square(path: Path, size: int) -> Tensor:
     from PIL import Image, ImageOps
 
     with Image.open(path) as file:
-        picture = ImageOps.exif_transpose(file).convert("RGBA")
+        picture = ImageOps.exif_transpose(file)
+        if picture.mode.startswith("I"):  # 16 bits of grey, which convert() would cut off at 255 and not scale
+            picture = Image.fromarray((np.asarray(picture, np.float64) / 257).round().clip(0, 255).astype(np.uint8))
+        picture = picture.convert("RGBA")
     white = Image.new("RGBA", picture.size, "white")
     whole = Image.alpha_composite(white, picture).convert("RGB")
     (width, height), side = whole.size, min(whole.size)
