@@ -52,7 +52,8 @@ def test_records(whole):
     assert [step.images for step in steps] == list(range(32, 257, 32))
     assert all(math.isfinite(step.loss) and step.gradient_norm > 0 for step in steps)
     assert [step.lr for step in steps] == [SMOKE.learning_rate(n) for n in range(0, 256, 32)]
-    assert [line["images"] for line in read_log(folder / "log.jsonl")] == [256]
+    log = read_log(folder / "log.jsonl")
+    assert [line["images"] for line in log] == [256] and log[0]["cpu_seconds"] > 0 < log[0]["seconds"]
     assert list(train(SMOKE, folder)) == []  # finished: nothing more to do
 
 

@@ -202,7 +202,8 @@ def curve(recipe: Diffusion) -> list[dict[str, Any]]:
                 write_tensors(folder / "samples.safetensors", {"x": to_uint8(x)}, {})
             write_atomically(path, json.dumps(row).encode())
         near = min(log, key=lambda line: abs(line["images"] - point))
-        spent = {"images": point, "seconds": _short(near["seconds"] * point / near["images"])}
+        # seconds of the processor: other programs may have slowed one of the two down
+        spent = {"images": point, "seconds": _short(near["cpu_seconds"] * point / near["images"])}
         spent["petaflops"] = _short(step_flops / recipe.batch * point / 1e15)
         rows.append({"space": recipe.name} | spent | json.loads(path.read_text(encoding="utf-8")))
         print(rows[-1], flush=True)

@@ -269,6 +269,7 @@ class _Log:
                 "lr": step.lr,
                 "gradient_norm": round(step.gradient_norm, 4),
                 "seconds": round(self.state.seconds, 1),
+                "cpu_seconds": round(self.state.cpu_seconds, 1),
             }
             self.losses.clear()
             with open(self.path, "a", encoding="utf-8") as file:
