@@ -28,6 +28,7 @@ from diffbook.evaluation import (
     importance_sums,
     nearest_neighbours,
     precision_recall,
+    shuffled,
 )
 from diffbook.recipes import RECIPES, stream
 from diffbook.sampling import as_eps, guided
@@ -83,6 +84,17 @@ def test_frechet_jackknife_knows_its_bias_and_its_error():
         assert abs((values - biases).mean() - truth) < 4 * values.std() / math.sqrt(40)
         if truth:  # at a distance of 0 the distance is not linear in the moments, and its error means nothing
             assert errors.mean() == pytest.approx(values.std().item(), rel=0.3)
+
+
+def test_a_sorted_set_is_shuffled_before_the_jackknife():
+    """Two kinds of images, 3 standard deviations apart: in order, the jackknife takes their difference for error."""
+    kinds = 3.0 * (torch.arange(400) >= 200).double()[:, None]
+    a, b = gaussian(400, 2, 0) + kinds, gaussian(400, 2, 1) + kinds + 1
+    mixed = frechet_jackknife(shuffled(a), shuffled(b))
+    assert mixed.value == pytest.approx(frechet_distance(a, b), rel=1e-9)
+    assert torch.equal(shuffled(a), shuffled(a)) and not torch.equal(shuffled(a), a)
+    assert torch.equal(shuffled(a).sort(0).values, a.sort(0).values)
+    assert frechet_jackknife(a, b).standard_error > 3 * mixed.standard_error
 
 
 def test_frechet_jackknife_of_few_and_bad_input():

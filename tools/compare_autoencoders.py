@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from diffbook.autoencoder import SpatialVAE
 from diffbook.classifier import CaptionMatcher
 from diffbook.data import cache_folder, emoji64, to_uint8
-from diffbook.evaluation import draw_images, frechet_jackknife, image_features, psnr
+from diffbook.evaluation import draw_images, frechet_jackknife, image_features, psnr, shuffled
 from diffbook.gaussian import kl_diagonal
 from diffbook.recipes import RECIPES, Compression, Diffusion, stream
 from diffbook.training import read_log, train
@@ -149,7 +149,7 @@ def diffuse(name: str, scale: str) -> dict[str, Any]:
     images = emoji64("train")
     y = images.labels[torch.arange(SAMPLES) * len(images) // SAMPLES]
     x = torch.cat(list(draw_images(network, recipe, y, STEPS, sampler="dpmpp", autoencoder=vae)))
-    distance = frechet_jackknife(features(x), features(images.x()))
+    distance = frechet_jackknife(shuffled(features(x)), shuffled(features(images.x())))
     return {
         "autoencoder": name,
         "scale": scale,

@@ -32,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from diffbook.autoencoder import SpatialVAE
 from diffbook.classifier import CaptionMatcher
 from diffbook.data import cache_folder, emoji64, to_uint8
-from diffbook.evaluation import draw_images, frechet_jackknife, image_features
+from diffbook.evaluation import draw_images, frechet_jackknife, image_features, shuffled
 from diffbook.recipes import Diffusion, Recipe, find_recipe, stream
 from diffbook.training import read_log, train, training_set
 from diffbook.weights import load_model, model_card, write_atomically, write_tensors
@@ -195,7 +195,7 @@ def curve(recipe: Diffusion) -> list[dict[str, Any]]:
         path = folder / f"point-{point}.json"
         if not path.exists():
             x = torch.cat(list(draw_images(network, recipe, y, STEPS, sampler="dpmpp", autoencoder=autoencoder)))
-            distance = frechet_jackknife(image_features(matcher, x), reference)
+            distance = frechet_jackknife(shuffled(image_features(matcher, x)), shuffled(reference))
             names = ("frechet_distance", "standard_error", "bias")
             row = dict(zip(names, (_short(v) for v in distance), strict=True))
             if point == points[-1]:

@@ -54,7 +54,8 @@ def frechet_jackknife(features_a: Tensor, features_b: Tensor, groups: int = 20) 
     Each set in turn is cut into groups of neighbours, and the distance is computed without each of them. How these
     distances scatter tells the standard error; how much larger they are on average, being from fewer samples, tells
     the bias, which falls with one over the number of samples. Neighbours, so that a set with its classes in turn has
-    the same classes in every group.
+    the same classes in every group; a set that is sorted must go through :func:`shuffled` first, or each group misses
+    another kind of image, and the standard error comes out much too large.
 
     Raises:
         ValueError: see :func:`frechet_distance`, fewer than two groups, or fewer than four samples.
@@ -72,6 +73,11 @@ def frechet_jackknife(features_a: Tensor, features_b: Tensor, groups: int = 20) 
         variance += (len(chunks) - 1) * distances.var(correction=0).item()
         bias += (len(chunks) - 1) * (distances.mean().item() - value)
     return Estimate(value, math.sqrt(variance), bias)
+
+
+def shuffled(features: Tensor) -> Tensor:
+    """The rows in random order, always the same one for the same number of rows."""
+    return features[torch.randperm(len(features), generator=torch.Generator().manual_seed(0))]
 
 
 def _root(covariance: Tensor) -> Tensor:
