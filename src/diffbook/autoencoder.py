@@ -339,9 +339,9 @@ class SpatialVAE(nn.Module):
 
 @torch.no_grad()
 def fit_scale(vae: SpatialVAE, x: Callable[[slice], Tensor], number: int, batch: int = 250) -> None:
-    """Set ``vae.scale`` to 1 / std(z) over the images, the noise and all numbers of z.
+    """Set ``vae.scale`` to 1 / std(z) over the images, the noise and all numbers of z, :eq:`def-latent-scale`.
 
-    z = μ(x) + σ(x) ε has the mean E μ and the mean square E[μ² + σ²].
+    z = μ(x) + σ(x) ε has the mean E μ and the mean square E[μ² + σ²], :eq:`eq-latent-variance`.
 
     Args:
         x: gives the images of a slice, such as :meth:`diffbook.data.ImageSet.x`.

@@ -111,9 +111,9 @@ def accuracy(classifier: Classifier, images: ImageSet, batch: int = 500) -> floa
 
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each image in dB, shape ``(B,)``: 10 log10(2² / mean square error).
+    """Peak signal-to-noise ratio of each image in dB, shape ``(B,)``: 10 log10(2² / mean square error), :eq:`def-psnr`.
 
-    2 is the width of the range [-1, 1]; one more bit of accuracy is worth 6 dB.
+    2 is the width of the range [-1, 1]; one more bit of accuracy is worth 6 dB, :eq:`eq-psnr-bits`.
 
     Raises:
         ValueError: shapes that differ.

@@ -228,6 +228,8 @@ class Autoencoding(Recipe):
 class Compression(Recipe):
     """An autoencoder whose latents a diffusion model will learn: mean errors of pixels, and a little KL divergence.
 
+    The loss is :eq:`def-compression-loss`, an ELBO for errors of the density in :eq:`eq-compression-likelihood`.
+
     Attributes:
         kl_weight: weight of the KL divergence, summed over the latents and divided by the numbers of the image, as both
             errors are. A VAE with σ_x² = 1/2 has the weight 1 for its squared error, :eq:`eq-hidden-beta`.
