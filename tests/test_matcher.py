@@ -1,4 +1,4 @@
-"""The matcher of images and captions, its recipe, and PSNR."""
+"""The matcher of images and captions, its recipe, PSNR, and the results that come with the package."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from diffbook.evaluation import image_features, psnr
 from diffbook.latent import emoji_vocabulary
 from diffbook.recipes import find_recipe, stream
 from diffbook.training import training_set
-from diffbook.weights import load_model
+from diffbook.weights import load_model, measured, measured_pictures
 
 
 def small() -> CaptionMatcher:
@@ -93,3 +93,16 @@ def test_psnr() -> None:
     assert psnr(x, y).tolist() == pytest.approx([20, 40], abs=1e-4)  # 10 log10(4 / 0.04)
     with pytest.raises(ValueError, match="same shape"):
         psnr(x, y[:1])
+
+
+def test_results_that_come_with_the_package() -> None:
+    found = measured("autoencoders")
+    assert {row["f"] for row in found["autoencoders"]} == {4, 8, 16}
+    pictures = measured_pictures("autoencoders")  # a row of originals, and one for each autoencoder
+    assert pictures.shape == (3, 64 * (1 + len(found["autoencoders"])), 8 * 64)
+    originals = emoji64("test").x(torch.arange(8) * 556 // 8)
+    assert torch.allclose(pictures[:, :64].unflatten(2, (8, 64)).permute(2, 0, 1, 3), originals, atol=0.02)
+    with pytest.raises(ValueError, match=r"no results 'nothing'; there are .*autoencoders"):
+        measured("nothing")
+    with pytest.raises(ValueError, match=r"no pictures 'nothing'; there are .*autoencoders"):
+        measured_pictures("nothing")

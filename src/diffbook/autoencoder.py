@@ -286,7 +286,7 @@ class SpatialVAE(nn.Module):
     """An autoencoder that compresses images to smaller "images" of latents, for diffusion to work on.
 
     As :class:`VAE`, but z has a height and a width, ``(B, latent, H / f, W / f)``, and the likelihood is left to the
-    loss: with a small weight on the KL divergence it is no longer a bound that is trained.
+    loss, where the weight of the KL divergence stands for it, :eq:`eq-compression-likelihood`.
 
     Args:
         channels, size, widths, blocks, patch: see :class:`VAE`; f = patch · 2^(number of widths - 1).

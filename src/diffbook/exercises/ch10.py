@@ -71,6 +71,16 @@ _PSNR = Exercise(
             "20 belongs to a quotient of amplitudes. Yours is one of squares.",
         ),
         Mistake(
+            "factor 20, and the peak not squared",
+            lambda x, y: 20 * (2 / _mse(x, y)).log10().mean(),
+            "With 20 both sides of the quotient are amplitudes: the peak, and the root of the mean squared error.",
+        ),
+        Mistake(
+            "factor 10 for a quotient of amplitudes",
+            lambda x, y: 10 * (2 / _mse(x, y).sqrt()).log10().mean(),
+            "10 belongs to a quotient of squares. You took the roots of both.",
+        ),
+        Mistake(
             "factor of ten forgotten",
             lambda x, y: (4 / _mse(x, y)).log10().mean(),
             "That is in bel. A decibel is a tenth of it, so the number is larger.",
@@ -94,6 +104,11 @@ _PSNR = Exercise(
             "one PSNR for each image",
             lambda x, y: 10 * (4 / _mse(x, y)).log10().sum(),
             "The result is the mean over the images, not their sum.",
+        ),
+        Mistake(
+            "means exchanged",
+            lambda x, y: 10 * (4 / (x - y).square().mean(0)).log10().mean(),
+            "You averaged over the images inside of the logarithm, over the pixels outside. It is the other way round.",
         ),
         Mistake(
             "PSNR of every pixel",
@@ -143,6 +158,16 @@ _WEIGHT = Exercise(
             "square root taken",
             (0.05, 2 * _LEVEL**2),
             "The second is right. The first asks for the variance, and you gave its root.",
+        ),
+        Mistake(
+            "standard deviations for variances",
+            (0.05, 2 * _LEVEL),
+            "w is twice a variance. You gave a root in the first, and left out a square in the second.",
+        ),
+        Mistake(
+            "order exchanged",
+            (2 * _LEVEL**2, 0.0025),
+            "Both numbers are right. First the variance, then the weight.",
         ),
         Mistake(
             "divided by the numbers of the image",
@@ -210,6 +235,11 @@ _FIT = Exercise(
             "variance of the encoder left out",
             lambda b: _all(b)[0].var(correction=0).rsqrt(),
             "That is the spread of the means alone. A drawn z also varies around its mean.",
+        ),
+        Mistake(
+            "divided by n - 1",
+            lambda b: (_all(b)[0].var() + _all(b)[1].mean()).rsqrt(),
+            "Nearly: `var` divides by n - 1 unless you say correction=0. For few numbers it can be seen.",
         ),
         Mistake(
             "standard deviation in the place of the variance",
@@ -351,6 +381,11 @@ _BUG = Exercise(
             "only the encoder's noise scaled",
             _noisy(signal=lambda s: 1.0),
             "A drawn z is scaled as a whole, with its mean.",
+        ),
+        Mistake(
+            "variance of the encoder scaled as its standard deviation",
+            _noisy(encoder=math.sqrt),
+            "A number multiplies z by s, so its standard deviation by s and its variance by the square of s.",
         ),
         Mistake(
             "root of the scale",
