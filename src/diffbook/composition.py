@@ -57,7 +57,7 @@ def rank(made: Tensor, truth: Tensor, others: Tensor) -> int:
 
 
 def share(ranks: Sequence[int], k: int) -> dict[str, Any]:
-    """Which share of the ranks is at most k, with Wilson's interval at 95 %."""
+    """Which share of the ranks is at most k, with Wilson's interval at 95 %, :eq:`eq-wilson`."""
     from scipy.stats import binomtest  # type: ignore[import-untyped]  # slow to import
 
     hits = sum(r <= k for r in ranks)

@@ -70,8 +70,8 @@ class Vocabulary:
 class Attention(nn.Module):
     """Multi-head attention of tokens ``(B, N, C)`` to a context ``(B, M, D)``; returns ``(B, N, C)``.
 
-    Each token asks with its query, and gets the mean of the values, weighted by how well their keys fit. With the
-    tokens themselves as context it is self-attention.
+    Each token asks with its query, and gets the mean of the values, weighted by how well their keys fit,
+    :eq:`def-cross-attention`. With the tokens themselves as context it is self-attention.
 
     Source: Vaswani et al. (2017), eq. 1.
     """
@@ -99,7 +99,7 @@ class Attention(nn.Module):
 
 
 class CaptionEncoder(nn.Module):
-    """From word numbers to a row of features, one a word, that know of the other words of the caption.
+    """From word numbers to a row of features, one a word, that know of the other words, :eq:`def-caption-encoder`.
 
     A first feature, "start", is there for every caption, so that the null caption has something to look at.
     """

@@ -172,7 +172,8 @@ class CaptionedDiffusion(Diffusion):
     def drop_labels(self, y: Tensor, generator: torch.Generator) -> Tensor:
         """Captions ``(B, L)``, each replaced as a whole by the null caption with the probability ``label_drop``.
 
-        All conditions go together: the network must learn what pictures look like of which nothing at all is known.
+        All conditions go together: the network must learn what pictures look like of which nothing at all is known,
+        :eq:`eq-null-caption`.
         """
         dropped = torch.rand(len(y), generator=generator, device=y.device) < self.label_drop
         return torch.where(dropped[:, None], self.options["words"], y)

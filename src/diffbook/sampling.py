@@ -296,18 +296,18 @@ def as_eps(model: Denoiser, schedule: NoiseSchedule, predicts: str = "v") -> Den
 
 
 def guided(model: Callable[..., Tensor], y: Tensor, w: float = 1.0, null: int | None = None) -> Denoiser:
-    """Bind classes to a conditional network, with classifier-free guidance: u + w (c - u).
+    """Bind classes to a conditional network, with classifier-free guidance: u + w (c - u), :eq:`eq-guidance`.
 
     Here c is the output for the classes ``y`` and u the output for the null class. w = 1 is plain conditional
     (one network call), w = 0 ignores the classes, w > 1 exaggerates them. The combination is the same for
-    networks of ε, v and x_0, because the weights 1 - w and w add up to 1.
+    networks of ε, v and x_0, because the weights 1 - w and w add up to 1, :eq:`eq-guidance-any-target`.
 
     Args:
         model: called as ``model(x_t, t, y)``.
         y: the classes, int64, shape ``(B,)``.
         null: the null class; by default ``model.classes``, the number of classes.
 
-    Source: Ho & Salimans (2022), whose weight is w - 1.
+    Source: Ho & Salimans (2022), eq. 6; their weight is w - 1, :eq:`eq-guidance-conventions`.
 
     Raises:
         ValueError: the null class is needed and not known.
