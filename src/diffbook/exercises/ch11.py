@@ -325,7 +325,7 @@ _SAMPLER = Exercise(
         Mistake(
             "nothing repaired",
             _draw(clip=True, scaled="no"),
-            "There are two faults: it does something that only images need, and leaves out something that the decoder needs.",
+            "Two faults: it does something that only images need, and leaves out something that the decoder needs.",
         ),
         Mistake(
             "still clipped",
