@@ -318,8 +318,8 @@ _SAMPLER = Exercise(
     key="11.3",
     oracle=_draw(),
     cases=[
-        (_denoiser, _decode, 1.5 * _random(2, 6, seed=5), [0.002, 0.2, 0.7, 0.97], 1.6),
-        (_denoiser, _decode, _random(3, 4, seed=6), [0.01, 0.5, 0.9], 0.55),
+        (_denoiser, _decode, 3 * _random(2, 6, seed=5), [0.3, 0.5, 0.8, 0.97], 1.6),
+        (_denoiser, _decode, 3 * _random(3, 4, seed=6), [0.2, 0.5, 0.9], 0.55),
     ],
     mistakes=[
         Mistake(
