@@ -281,7 +281,6 @@ def _decode(z: Tensor) -> Tensor:
 def _draw(
     clip: bool = False,
     scaled: str = "divide",
-    clip_end: bool = False,
     each: bool = False,
     bound: bool = True,
 ) -> Callable[..., Tensor]:
@@ -304,8 +303,6 @@ def _draw(
             if each:
                 z_0 = decode(z_0 / scale).clamp(-1, 1)
             z = math.sqrt(following) * z_0 + math.sqrt(1 - following) * eps
-        if clip_end:
-            z = z.clamp(-1, 1)
         if each:
             return z
         z = {"divide": z / scale, "times": z * scale}.get(scaled, z)
@@ -330,7 +327,7 @@ _SAMPLER = Exercise(
         Mistake(
             "still clipped",
             _draw(clip=True),
-            "The decoder now gets what it expects. Another line treats z as if it were an image.",
+            "The scale is right now. Another line treats z as an image: latents have no bounds, not at the end either.",
         ),
         Mistake(
             "scale still left out",
@@ -346,11 +343,6 @@ _SAMPLER = Exercise(
             "clipped and multiplied by the scale",
             _draw(clip=True, scaled="times"),
             "Latents have no bounds; and z_0 = s μ, but the decoder wants μ.",
-        ),
-        Mistake(
-            "clipped at the end",
-            _draw(clip_end=True),
-            "The last z is a latent too, it has no bounds. Only the picture has.",
         ),
         Mistake(
             "start scaled",
