@@ -197,8 +197,9 @@ BUDGETS = {  # MiB
     "src/diffbook/assets/data/": 12,
     "src/diffbook/assets/weights/": 16,
     "notebooks/": 5,
-    "book/_static/vendor/": 5,
-    "": 2,
+    "book/_static/vendor/": 3,
+    "src/diffbook/assets/results/": 1,
+    "": 3,
 }
 
 

@@ -157,7 +157,8 @@ def measured_pictures(name: str) -> Tensor:
     Raises:
         ValueError: there are none of that name.
     """
-    from torchvision.io import decode_image
+    from PIL import Image
+    from torchvision.transforms.functional import pil_to_tensor
 
     with resources.as_file(resources.files("diffbook") / "assets" / "results") as folder:
         path = folder / f"{name}.png"
@@ -165,7 +166,8 @@ def measured_pictures(name: str) -> Tensor:
             raise ValueError(
                 f"no pictures {name!r}; there are {', '.join(sorted(p.stem for p in folder.glob('*.png')))}"
             )
-        return decode_image(str(path)).float() / 127.5 - 1
+        with Image.open(path) as image:
+            return pil_to_tensor(image.convert("RGB")).float() / 127.5 - 1
 
 
 def fill(network: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
