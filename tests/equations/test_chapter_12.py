@@ -182,6 +182,22 @@ def test_the_null_caption_of_the_network():
     assert (network(z, t, torch.tensor([[1, 20, 20], [2, 3, 20]])) - network(z, t, null)).abs().max() > 1e-3
 
 
+def test_nobody_looks_at_no_word():
+    """Exact: what the rows of "no word" hold changes no output, and the mean is that over the start and the words."""
+    network = CaptionUNet((4, 8, 8), 20, 3, (16, 16), 1).requires_grad_(False)
+    for i, parameter in enumerate(network.parameters()):
+        parameter.copy_(0.1 * random(*parameter.shape, seed=30 + i))
+    z, t, y = random(1, 4, 8, 8, seed=28).float(), torch.tensor([300]), torch.tensor([[3, 7, 20]])
+    told = []
+    network.pooled.register_forward_pre_hook(lambda layer, args: told.append(args[0]))
+    answer, features = network(z, t, y), network.caption(y)[0]
+    assert_close(told[0], features[:, :3].mean(1))
+    network.caption.place[3] += random(128, seed=27)  # the row of the third word, which is not there
+    assert_close(network(z, t, y), answer, rtol=1e-6, atol=1e-6)
+    network.caption.place[2] += random(128, seed=27)
+    assert (network(z, t, y) - answer).abs().max() > 1e-3
+
+
 def test_unknown_words_are_named():
     vocabulary = Vocabulary(["cat", "fluent"], 3)
     with pytest.warns(UnknownWordWarning, match="zeppelin"):

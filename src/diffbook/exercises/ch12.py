@@ -30,7 +30,7 @@ _ATTENTION = Exercise(
     oracle=_attend(),
     cases=[
         (_random(5, 4, seed=1), _random(6, 4, seed=2), _random(6, 4, seed=3), torch.arange(6) < 4),
-        (_random(3, 8, seed=4), _random(2, 8, seed=5), _random(2, 8, seed=6), torch.tensor([True, True])),
+        (_random(3, 8, seed=4), _random(3, 8, seed=5), _random(3, 8, seed=6), torch.tensor([True, True, False])),
         (_random(2, 4, seed=7), _random(5, 4, seed=8), _random(5, 4, seed=9), torch.arange(5) == 0),
     ],
     mistakes=[
@@ -73,6 +73,11 @@ _ATTENTION = Exercise(
             "multiplied by the root of d",
             _attend(scale=lambda q, k: 1 / math.sqrt(q.shape[1])),
             "The scores grow with d already. Does this make them smaller?",
+        ),
+        Mistake(
+            "answers divided in place of scores",
+            lambda q, k, v, mask: _attend(scale=lambda q, k: 1.0)(q, k, v, mask) / math.sqrt(q.shape[1]),
+            "You divide the answers. It is the scores that have to be made smaller, before the softmax.",
         ),
         Mistake(
             "root of the number of words",
@@ -176,7 +181,7 @@ _WEIGHT = Exercise(
         Mistake(
             "standard deviation of the samples",
             (2, math.sqrt(_V**_W), _tilted(_W)),
-            "The second number is a standard deviation: v to the power w/2. Asked is the variance.",
+            "The second number is v to the power w/2, a standard deviation, and here v itself. Asked is the variance.",
         ),
         Mistake(
             "the two variances swapped",
@@ -202,6 +207,26 @@ _WEIGHT = Exercise(
             "tilted law taken for guided samples",
             (2, _V**_W, _V**_W),
             "The third number is asked for another law, the one with the density of two factors.",
+        ),
+        Mistake(
+            "weight not converted for the tilted law",
+            (2, _V**_W, _V),
+            "The third number is the variance without guidance. Put w = 2 into the formula.",
+        ),
+        Mistake(
+            "κ for the variance",
+            (2, _V**_W, _V + _W * (1 - _V)),
+            "The third number is κ. The variance is a fraction with κ below.",
+        ),
+        Mistake(
+            "one over κ",
+            (2, _V**_W, 1 / (_V + _W * (1 - _V))),
+            "Below stands κ. What stands above?",
+        ),
+        Mistake(
+            "standard deviation of the tilted law",
+            (2, _V**_W, math.sqrt(_tilted(_W))),
+            "The third number is a standard deviation. Asked is the variance.",
         ),
         Mistake(
             "power of three",
@@ -275,6 +300,26 @@ _EMPTY = Exercise(
             "share of the longest caption",
             (sum(_GOES) / 3, _GOES[2] / sum(_GOES)),
             "That is the share of the caption with five words. Asked is the one with two.",
+        ),
+        Mistake(
+            "percent",
+            (100 * sum(_GOES) / 3, 100 * _GOES[0] / sum(_GOES)),
+            "Both are right in percent. A share lies between 0 and 1.",
+        ),
+        Mistake(
+            "first caption alone",
+            (_GOES[0], _GOES[0] / sum(_GOES)),
+            "That is how often the first caption becomes empty. There are two more captions.",
+        ),
+        Mistake(
+            "share of the other captions",
+            (sum(_GOES) / 3, 1 - _GOES[0] / sum(_GOES)),
+            "That is the share of the two other captions. Asked is the first one.",
+        ),
+        Mistake(
+            "all three captions at once",
+            (math.prod(_GOES), _GOES[0] / sum(_GOES)),
+            "A step has one caption only: which of the three, is a matter of a third each.",
         ),
         Mistake(
             "order",
@@ -424,7 +469,7 @@ _TOP_K = Exercise(
         Mistake(
             "rank starts at 2",
             _score(first=2),
-            "If no distractor is nearer, the rank is 1.",
+            "If no distractor is nearer, the rank is 1; and at most k includes k itself.",
         ),
         Mistake(
             "equal distances counted",
@@ -473,6 +518,24 @@ _TOP_K = Exercise(
                 lambda m, t, o: -(t * m).sum(1, keepdim=True),
             ),
             "An inner product is large for long vectors too. Asked are distances.",
+        ),
+        Mistake(
+            "cosine in place of the distance",
+            _score(
+                lambda m, t, o: -torch.cosine_similarity(o, m[:, None], dim=2),
+                lambda m, t, o: -torch.cosine_similarity(t, m, dim=1)[:, None],
+            ),
+            "The cosine sees directions only. Asked are distances.",
+        ),
+        Mistake(
+            "sum over the distractors",
+            _score(lambda m, t, o: (o - m[:, None]).square().sum(1)),
+            "You added up over the distractors. A distance is a sum over the D features, the last dimension.",
+        ),
+        Mistake(
+            "length of the truth for its distance",
+            _score(to_truth=lambda m, t, o: t.square().sum(1, keepdim=True)),
+            "The distance of the truth starts at what was drawn too. You took the length of its features.",
         ),
         Mistake(
             "absolute values",
