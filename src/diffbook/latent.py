@@ -244,7 +244,7 @@ def _mlp(width: int) -> nn.Sequential:
 
 @dataclass(frozen=True)
 class LatentSet:
-    """Latents with captions, in the place of images with labels.
+    """Latents with captions, in the place of images with labels: z_0 of :eq:`def-latent-loss`.
 
     Attributes:
         z: scaled latents, float32, shape ``(N, C, H, W)``.
@@ -273,19 +273,19 @@ def emoji_vocabulary() -> Vocabulary:
 
 @torch.no_grad()
 def to_latents(autoencoder: SpatialVAE, x: Tensor) -> Tensor:
-    """z_0 of images, the scaled mean of q(z | x), shape ``(B, *latent_shape)``."""
+    """z_0 of images, the scaled mean of q(z | x), :eq:`def-latent-diffusion`, shape ``(B, *latent_shape)``."""
     mean, _ = autoencoder.encode(x)
     return autoencoder.scale * mean
 
 
 @torch.no_grad()
 def from_latents(autoencoder: SpatialVAE, z: Tensor) -> Tensor:
-    """Images of scaled latents, clipped to [-1, 1]. (The latents are not: they have no bounds.)"""
+    """Images of scaled latents, :eq:`def-latent-diffusion`, clipped to [-1, 1]. (The latents have no bounds.)"""
     return autoencoder.decode(z / autoencoder.scale).clamp(-1, 1)
 
 
 class LatentDiffusion:
-    """An autoencoder and a diffusion model of its latents: pictures of captions.
+    """An autoencoder and a diffusion model of its latents, :eq:`def-latent-diffusion`: pictures of captions.
 
     Args:
         autoencoder: with its fitted scale.

@@ -1,5 +1,6 @@
 """Proofs of the equations of the chapter "Latent diffusion"."""
 
+import itertools
 import math
 
 import pytest
@@ -12,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from diffbook.diffusion import q_sample, v_target, variational_bound
 from diffbook.exercises import exercises
 from diffbook.gaussian import gaussian_log_prob, kl_diagonal
-from diffbook.sampling import ddpm_sample, timesteps
+from diffbook.latent import LatentDiffusion, Vocabulary, from_latents, to_latents
+from diffbook.sampling import ddpm_sample, timesteps, trailing_timesteps
 from diffbook.schedule import NoiseSchedule, cosine_schedule
 from diffbook.unet import Attention
 
@@ -45,14 +47,28 @@ def linear_denoiser(x_t, t):
     return SLOPE * x_t * (1 - SHORT.alpha_bar[t]).sqrt()[:, None]
 
 
-def model_variance():
-    """The variance of z_0 under the model: its steps are linear, so every law is a Gaussian."""
-    variance = 1.0
+def model_covariance():
+    """Of z_0, …, z_T under the model: its steps are linear, so every law is a Gaussian."""
+    noise = torch.eye(SHORT.T + 1, dtype=f64)
+    rows = [noise[SHORT.T]]
     for t in range(SHORT.T, 0, -1):
         beta, alpha, alpha_bar = (table[t].item() for table in (SHORT.beta, SHORT.alpha, SHORT.alpha_bar))
         factor = (1 - beta / math.sqrt(1 - alpha_bar) * SLOPE * math.sqrt(1 - alpha_bar)) / math.sqrt(alpha)
-        variance = factor**2 * variance + beta
-    return number(variance)
+        rows.append(factor * rows[-1] + math.sqrt(beta) * noise[t - 1])
+    z = torch.stack(rows[::-1])
+    return z @ z.T
+
+
+def path_divergence(z_0):
+    """KL from q(z_1 … z_T | z_0) to p_θ(z_1 … z_T | z_0), from the two covariances: the gap of the model's ELBO."""
+    noise, rows = torch.eye(SHORT.T, dtype=f64), [torch.zeros(SHORT.T, dtype=f64)]
+    for t in range(1, SHORT.T + 1):
+        rows.append(SHORT.alpha[t].sqrt() * rows[-1] + SHORT.beta[t].sqrt() * noise[t - 1])
+    z, S = torch.stack(rows[1:]), model_covariance()
+    q = torch.distributions.MultivariateNormal(SHORT.alpha_bar[1:].sqrt() * z_0.squeeze(), z @ z.T)
+    rest = S[1:, 1:] - S[1:, :1] @ S[:1, 1:] / S[0, 0]
+    p = torch.distributions.MultivariateNormal(S[1:, 0] / S[0, 0] * z_0.squeeze(), rest)
+    return torch.distributions.kl_divergence(q, p)
 
 
 def diffusion_elbo(z_0):
@@ -75,7 +91,7 @@ def entropy(variance):
 def test_nested_bound(x):
     """Exact. Decoder, encoder and diffusion model linear: log p(x) is the nested bound plus its two gaps."""
     x, s2 = number([[x]]), SCALE**2
-    prior = model_variance() / s2  # of z: the model's s z, divided by s
+    prior = model_covariance()[0, 0] / s2  # of z: the model's s z, divided by s
     log_p = gaussian_log_prob(x, number([[0.0]]), W**2 * prior + VARIANCE_X).sum()
 
     def terms(eps):
@@ -93,7 +109,8 @@ def test_nested_bound(x):
     posterior_variance = 1 / (1 / prior + W**2 / VARIANCE_X)
     posterior = posterior_variance * W * x / VARIANCE_X
     first_gap = kl_diagonal(A * x, number([[V]]), posterior, posterior_variance.reshape(1, 1)).sum()
-    second_gap = log_prior - second
+    second_gap = over_noise(lambda eps: path_divergence(SCALE * (A * x + math.sqrt(V) * eps)))
+    assert torch.isclose(log_prior - second, second_gap, rtol=1e-9)
     assert first_gap > 0.01 and second_gap > 0.01
     assert torch.isclose(log_p, bound + first_gap + second_gap, rtol=1e-10)
 
@@ -163,6 +180,70 @@ def test_latent_noise(t):
     alpha_bar = schedule.alpha_bar[t]
     measured = (response[0] / s) ** 2 / (response[1] ** 2 + response[2] ** 2)
     assert torch.isclose(measured, alpha_bar / (1 - alpha_bar + alpha_bar * s**2 * sigma**2), rtol=1e-10)
+
+
+# ---- the whole model ---------------------------------------------------------------------------------------------
+
+
+class Whole:
+    """Stand-ins with exact answers: an autoencoder with a scale, and a network whose v is that of latents N(0, 1)."""
+
+    def __init__(self):
+        class Coder(nn.Module):
+            latent_shape, scale = (2, 3, 3), torch.tensor(0.4)
+
+            def encode(self, x):
+                return 9 * x + 1, torch.ones_like(x)
+
+            def decode(self, z):
+                return (z - 1) / 9
+
+        class Network(nn.Module):
+            latent, classes = (2, 3, 3), 2
+
+            def __init__(self):
+                super().__init__()
+                self.stem = nn.Conv2d(2, 2, 1)
+
+            def forward(self, z, t, y=None):
+                told = 0 if y is None else (y != 2).sum(1)[:, None, None, None]  # v is larger, the more words are told
+                return torch.full_like(z, 0.1) * told - 0.3 * z
+
+        self.coder, self.network, self.words = Coder(), Network(), Vocabulary(["a", "b"], 3)
+        self.schedule = cosine_schedule(50)
+
+
+def test_latents_and_back():
+    """Exact. def-latent-diffusion: z_0 is the encoder's mean times s, x the decoder's image of z_0 / s, clipped."""
+    coder, x = Whole().coder, 2 * random(1, 2, 3, 3, seed=3).float()
+    z_0 = to_latents(coder, x)
+    assert torch.allclose(z_0, 0.4 * (9 * x + 1))
+    assert x.abs().max() > 1.2 and torch.allclose(from_latents(coder, z_0), x.clamp(-1, 1), atol=1e-6)
+
+
+def test_sample_is_the_definition():
+    """Exact. def-latent-diffusion, written out: noise by seed and place, DPM-Solver++(2M) without clipping, decoder."""
+    parts, steps, w = Whole(), 4, 2.5
+    model = LatentDiffusion(parts.coder, parts.network, parts.schedule, parts.words)
+    drawn = model.sample(["a b", "", "b"], steps=steps, w=w, seed=7, batch=2)
+    schedule, expected = parts.schedule, []
+    for i, told in enumerate((2, 0, 1)):
+        z = torch.randn(1, 2, 3, 3, generator=torch.Generator().manual_seed(7 * 1_000_003 + i))
+        times, before = [*trailing_timesteps(50, steps), 0], None
+        for j, (t, s) in enumerate(itertools.pairwise(times)):
+            a, b = schedule.alpha_bar[t].item(), schedule.alpha_bar[s].item()
+            v = w * 0.1 * told - 0.3 * z
+            guess = math.sqrt(a) * z - math.sqrt(1 - a) * v
+            half_log_snr = [0.5 * math.log(c / (1 - c)) if c < 1 else math.inf for c in (a, b)]
+            h = half_log_snr[1] - half_log_snr[0]
+            used = guess
+            if before is not None and j < steps - 1:
+                used = guess + (guess - before[0]) * h / (2 * before[1])
+            z = math.sqrt((1 - b) / (1 - a)) * z + math.sqrt(b) * (1 - math.exp(-h)) * used
+            before = guess, h
+        expected.append(((z / 0.4 - 1) / 9).clamp(-1, 1))
+    assert torch.allclose(drawn, torch.cat(expected), atol=1e-3)
+    assert drawn.abs().median() < 1 and (drawn.abs() == 1).any()
 
 
 # ---- noise, and back -------------------------------------------------------------------------------------------

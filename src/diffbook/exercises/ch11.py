@@ -20,6 +20,12 @@ _CONSTANT = 0.5 * math.log(2 * math.pi)
 _ENTROPY = 0.5 * math.log(2 * math.pi * math.e * _VARIANCE)
 _CROSS = 0.5 * math.log(2 * math.pi) + 0.5 * (_MEAN**2 + _VARIANCE)
 
+
+def _split(entropy: float = _ENTROPY, cross: float = _CROSS) -> tuple[float, float, float]:
+    """Both parts, one of them wrong, and the divergence that follows from them."""
+    return entropy, cross, cross - entropy
+
+
 _SPLIT = Exercise(
     key="11.1",
     oracle=(_ENTROPY, _CROSS, _CROSS - _ENTROPY),
@@ -73,6 +79,61 @@ _SPLIT = Exercise(
             "entropy without e",
             (_ENTROPY - 0.5, _CROSS, _CROSS - _ENTROPY + 0.5),
             "The mean of (z - m)²/(2σ²) under q is one half. It belongs to the entropy.",
+        ),
+        Mistake(
+            "sign of the entropy, and the divergence from it",
+            _split(entropy=-_ENTROPY),
+            "A density that is narrow enough has values above 1, and a negative entropy.",
+        ),
+        Mistake(
+            "standard deviation in the entropy, and the divergence from it",
+            _split(entropy=0.5 * _ENTROPY + 0.25 * math.log(2 * math.pi * math.e)),
+            "In the logarithm of the entropy stands the variance.",
+        ),
+        Mistake(
+            "sign of the cross entropy, and the divergence from it",
+            _split(cross=-_CROSS),
+            "The cross entropy is minus the mean of log p. And a divergence is never negative.",
+        ),
+        Mistake(
+            "variance squared",
+            _split(_ENTROPY + 0.5 * math.log(_VARIANCE), _CROSS + 0.5 * (_VARIANCE**2 - _VARIANCE)),
+            "The second number of a normal distribution is its variance in this book, not its standard deviation.",
+        ),
+        Mistake(
+            "variance squared in the entropy",
+            _split(entropy=_ENTROPY + 0.5 * math.log(_VARIANCE)),
+            "The second number of a normal distribution is its variance in this book, not its standard deviation.",
+        ),
+        Mistake(
+            "mean not squared in the cross entropy",
+            _split(cross=_CROSS + 0.5 * (_MEAN - _MEAN**2)),
+            "The mean of z² is the square of the mean, plus the variance.",
+        ),
+        Mistake(
+            "standard deviation in the cross entropy",
+            _split(cross=_CROSS + 0.5 * (math.sqrt(_VARIANCE) - _VARIANCE)),
+            "The mean of z² is the square of the mean, plus the variance.",
+        ),
+        Mistake(
+            "half forgotten in the cross entropy",
+            _split(cross=_CROSS + 0.5 * (_MEAN**2 + _VARIANCE)),
+            "In the exponent of a normal density stands half of the square.",
+        ),
+        Mistake(
+            "constant left out of the cross entropy",
+            _split(cross=_CROSS - _CONSTANT),
+            "The density of the prior has a constant, and the entropy has it too.",
+        ),
+        Mistake(
+            "the other direction",
+            _split(_CONSTANT + 0.5, 0.5 * math.log(2 * math.pi * _VARIANCE) + (1 + _MEAN**2) / (2 * _VARIANCE)),
+            "The means are over q, the encoder's density. Over p it is another divergence.",
+        ),
+        Mistake(
+            "entropy of the prior",
+            _split(entropy=_CONSTANT + 0.5),
+            "Asked is the entropy of q, the narrow one.",
         ),
         Mistake(
             "bits",
@@ -160,6 +221,31 @@ def _conv_mistakes() -> list[Mistake]:
             "Asked is the forward pass alone.",
         ),
         (
+            "no padding",
+            lambda H, W, a, b, k, s: ((H - k) // s + 1) * ((W - k) // s + 1) / ((H // s) * (W // s)),
+            "The padding is such that with stride 1 the output has as many places as the input.",
+        ),
+        (
+            "bias counted",
+            lambda H, W, a, b, k, s: 1 + 1 / (2 * a * k**2),
+            "The formula counts products and the sums of them; the bias is left out.",
+        ),
+        (
+            "one addition less",
+            lambda H, W, a, b, k, s: 1 - 1 / (2 * a * k**2),
+            "Strictly, n products need n - 1 additions. By custom each product counts with one.",
+        ),
+        (
+            "multiplications only, stride taken once",
+            lambda H, W, a, b, k, s: 0.5 * s,
+            "Two things: additions count too, and the stride divides the height and the width.",
+        ),
+        (
+            "multiplications only, side of the filter not squared",
+            lambda H, W, a, b, k, s: 0.5 / k,
+            "Two things: additions count too, and a filter of side k has k² places.",
+        ),
+        (
             "multiplications only, places of the input",
             lambda H, W, a, b, k, s: 0.5 * s**2,
             "Two things: additions count too, and work is done for each place of the output.",
@@ -198,6 +284,31 @@ _RESAMPLING = Exercise(
             "the error of the best guess",
             lambda v, r: _distance(v, r) / 2,
             "That is the distance of z_0 to the mean of the posterior. z' is not the mean, it is drawn.",
+        ),
+        Mistake(
+            "not added up",
+            lambda v, r: (2 * v / (1 + v * r))[0] + 0 * r,
+            "That is the first number only. The squared distance is the sum over all numbers.",
+        ),
+        Mistake(
+            "mean of the error of the guess",
+            lambda v, r: (v / (1 + v * r)).mean(),
+            "Two things: the sum over the numbers is asked, and z' is drawn too, it is not the best guess.",
+        ),
+        Mistake(
+            "variance in the place of the precision",
+            lambda v, r: (2 / (v + r)).sum(),
+            "Precisions add, and that of the prior is 1/v.",
+        ),
+        Mistake(
+            "ratio alone",
+            lambda v, r: len(v) * 2 / r,
+            "That is what the observation tells without the prior. z_0 was drawn from a law that is known.",
+        ),
+        Mistake(
+            "squared once more",
+            lambda v, r: (2 * v / (1 + v * r)).square().sum(),
+            "Each term is a mean square already.",
         ),
         Mistake(
             "distance of unrelated latents",
@@ -283,6 +394,7 @@ def _draw(
     scaled: str = "divide",
     each: bool = False,
     bound: bool = True,
+    edge: str = "one",
 ) -> Callable[..., Tensor]:
     """The sampler of the exercise, with faults to choose from."""
 
@@ -299,13 +411,18 @@ def _draw(
             eps = denoiser(z, now)
             z_0 = (z - math.sqrt(1 - now) * eps) / math.sqrt(now)
             if clip:
-                z_0 = z_0.clamp(-1, 1)
+                side = 1 / scale if edge == "inverse" else 1.0
+                z_0 = z_0.clamp(-side, side)
+            if scaled == "step":
+                z_0 = z_0 / scale
             if each:
                 z_0 = decode(z_0 / scale).clamp(-1, 1)
             z = math.sqrt(following) * z_0 + math.sqrt(1 - following) * eps
         if each:
             return z
         z = {"divide": z / scale, "times": z * scale}.get(scaled, z)
+        if edge == "decoder":
+            z = z.clamp(-1, 1)
         return decode(z).clamp(-1, 1) if bound else decode(z)
 
     return answer
@@ -350,6 +467,36 @@ _SAMPLER = Exercise(
             "z_T is noise of variance 1 in the space of the scaled latents. The scale acts before the decoder only.",
         ),
         Mistake(
+            "clipped before the decoder",
+            _draw(edge="decoder"),
+            "Only pictures have bounds. What the encoder makes has none, and so what the decoder gets has none.",
+        ),
+        Mistake(
+            "clipped to one over the scale",
+            _draw(clip=True, edge="inverse"),
+            "With wider or narrower bounds the estimate is still bounded. A latent has no bounds at all.",
+        ),
+        Mistake(
+            "divided in each step",
+            _draw(scaled="step"),
+            "All latents on the way have the scale. It is taken off once, before the decoder.",
+        ),
+        Mistake(
+            "nothing clipped and no scale",
+            _draw(scaled="no", bound=False),
+            "The picture has bounds, and stays clipped. And the decoder wants μ, the diffusion model knows s μ.",
+        ),
+        Mistake(
+            "picture not clipped, latents clipped",
+            _draw(clip=True, bound=False),
+            "Just the other way round: the picture has bounds, latents have none.",
+        ),
+        Mistake(
+            "multiplied by the scale, picture not clipped",
+            _draw(scaled="times", bound=False),
+            "The picture has bounds. And the decoder wants μ: how does it come out of s μ?",
+        ),
+        Mistake(
             "picture not clipped",
             _draw(bound=False),
             "The picture has bounds, and the decoder may step over them.",
@@ -367,47 +514,84 @@ def _break_even(autoencoder: float, pixel: float, latent: float, models: int) ->
     return autoencoder / (models * (pixel - latent)) if pixel > latent else math.inf
 
 
-_BREAK_EVEN = Exercise(
-    key="11.5",
-    oracle=_break_even,
-    cases=[(3e6, 40.0, 10.0, 4), (5e5, 12.0, 11.5, 1), (2e7, 300.0, 40.0, 7)],
-    mistakes=[
-        Mistake(
+def _break_even_mistakes() -> list[Mistake]:
+    """Each wrong formula twice: with infinity for a latent model that is not the cheaper one, and without."""
+    formulas: list[tuple[str, Callable[[float, float, float, int], float], str]] = [
+        (
             "number of models forgotten",
             lambda A, p, z, m: A / (p - z),
             "All models together pay for one autoencoder.",
         ),
-        Mistake(
+        (
             "an autoencoder for each model",
             lambda A, p, z, m: m * A / (p - z),
             "More models make the share of each smaller, not larger.",
         ),
-        Mistake(
+        (
             "paid by the price of the pixel model",
             lambda A, p, z, m: A / (m * p),
             "The latent model costs something too. What is saved with each image?",
         ),
-        Mistake(
+        (
             "paid by the price of the latent model",
             lambda A, p, z, m: A / (m * z),
             "What counts is what is saved with each image.",
         ),
-        Mistake(
+        (
             "prices added",
             lambda A, p, z, m: A / (m * (p + z)),
             "What is saved with each image is a difference.",
         ),
-        Mistake(
+        (
             "ratio of the prices",
             lambda A, p, z, m: A / (m * p / z),
             "Set the two costs equal and solve for n: it is a difference that remains.",
         ),
-        Mistake(
+        (
             "saving instead of time",
             lambda A, p, z, m: m * (p - z) / A,
             "That is upside down: the dearer the autoencoder, the longer it takes.",
         ),
-    ],
+        (
+            "prices exchanged",
+            lambda A, p, z, m: A / (m * (z - p)),
+            "Saved is what pixels cost more. A number of images is not negative.",
+        ),
+    ]
+
+    def or_never(formula: Callable[[float, float, float, int], float]) -> Callable[[float, float, float, int], float]:
+        return lambda A, p, z, m: formula(A, p, z, m) if p > z else math.inf
+
+    listed = [Mistake(kind, or_never(formula), advice) for kind, formula, advice in formulas]
+    listed += [
+        Mistake(f"{kind}, and no infinity", formula, f"{advice} And if the latent model is the dearer one?")
+        for kind, formula, advice in formulas
+    ]
+    listed += [
+        Mistake(
+            "no infinity",
+            lambda A, p, z, m: A / (m * (p - z)),
+            "If the latent model is not the cheaper one, nothing is saved. Does the autoencoder ever get paid?",
+        ),
+        Mistake(
+            "zero in place of never",
+            lambda A, p, z, m: _break_even(A, p, z, m) if p > z else 0.0,
+            "After 0 images means at once. A dearer latent model never pays for the autoencoder.",
+        ),
+        Mistake(
+            "size of the difference",
+            lambda A, p, z, m: A / (m * abs(p - z)),
+            "If the latent model is the dearer one, nothing is saved, and the autoencoder is never paid.",
+        ),
+    ]
+    return listed
+
+
+_BREAK_EVEN = Exercise(
+    key="11.5",
+    oracle=_break_even,
+    cases=[(3e6, 40.0, 10.0, 4), (5e5, 12.0, 11.5, 1), (2e7, 300.0, 40.0, 7), (3e6, 10.0, 40.0, 2)],
+    mistakes=_break_even_mistakes(),
 )
 
 EXERCISES = [_SPLIT, _RESAMPLING, _SAMPLER, _CONV, _BREAK_EVEN]
