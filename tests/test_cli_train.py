@@ -62,9 +62,54 @@ def test_a_signal_saves_first_and_the_same_command_goes_on(tmp_path, number, cap
             time.sleep(0.05)
         process.send_signal(number)
         error = process.stderr.read()
-    assert process.returncode == 130 and "stopped and saved after" in error and "Traceback" not in error
+    assert process.returncode == 128 + number and "stopped and saved after" in error and "Traceback" not in error
     done = int(checkpoints(tmp_path)[-1].stem.removeprefix("checkpoint-"))
     assert f"after {done} images" in error and 1600 <= done < 12_800
+
+
+def test_what_people_expect_of_a_trainer(tmp_path, capsys):
+    """Curves for TensorBoard, samples on the way, the last checkpoints, the best weights; and in two sittings."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    arguments = ["train", "fashion-smoke", "--images", "640", "--folder", str(tmp_path), "--save-every", "0"]
+    options = ["--tensorboard", "--samples-every", "320", "--keep", "2", "--parts", "2"]
+    recipe = replace(RECIPES["fashion-smoke"], images=640, parts=2)
+    steps = train(recipe, tmp_path, save_every=0)  # a first sitting, without curves
+    for step in steps:
+        if step.images == 160:
+            break
+    steps.close()
+    result = as_json(capsys, *arguments, *options)
+    assert result["images"] == 640 and result["best"] == 640 and result["held_out_loss"] > 0
+    assert [p.stem[-3:] for p in checkpoints(tmp_path)] == ["608", "640"]
+    assert [p.stem[-3:] for p in sorted(tmp_path.glob("samples-*.png"))] == ["320", "640"]
+    curves = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in curves.Scalars("loss")] == list(range(192, 641, 32))
+    assert [event.step for event in curves.Scalars("held_out_loss")] == [640]
+    assert curves.Scalars("held_out_loss")[0].value == pytest.approx(result["held_out_loss"], abs=1e-5)
+    assert [event.step for event in curves.Images("samples")] == [320, 640]
+    network, _ = load_model(tmp_path / "best.safetensors")
+    assert all(torch.equal(v, load_model(tmp_path)[0].state_dict()[k]) for k, v in network.state_dict().items())
+
+
+def test_tensorboard_missing_says_what_to_install(tmp_path, monkeypatch, capfd):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert main(["train", "fashion-smoke", "--folder", str(tmp_path), "--tensorboard"]) == 1
+    assert 'needs tensorboard: pip install "diffbook[gpu]"' in capfd.readouterr().err
+    assert not checkpoints(tmp_path)
+
+
+def test_two_processes_by_accelerate_launch(tmp_path, capfd):
+    """As README says it: one of them speaks, both end well, and the same command again finds the run finished."""
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    train_it = ["-m", "diffbook.cli", "train", "fashion-smoke", "--images", "64", "--folder", str(tmp_path), "--json"]
+    command = [sys.executable, *launch, *train_it]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    assert json.loads(line)["images"] == 64 and [p.stem[-3:] for p in checkpoints(tmp_path)] == ["064"]
 
 
 def test_sample(run_folder, tmp_path, capsys):
@@ -118,6 +163,10 @@ def test_recipes(capsys):
     [
         (["train", "nothing"], "unknown recipe 'nothing'; there are fashion-cpu"),
         (["train", "fashion-smoke", "--images", "0"], "--images must be at least 1, got 0"),
+        (["train", "fashion-smoke", "--parts", "0"], "--parts must be at least 1, got 0"),
+        (["train", "fashion-smoke", "--keep", "0"], "--keep must be at least 1, got 0"),
+        (["train", "fashion-smoke", "--samples-every", "0"], "--samples-every must be at least 1, got 0"),
+        (["train", "fashion-smoke", "--parts", "5"], "a batch of 32 images cannot be divided into 5 equal parts"),
         (["train", "fashion-smoke", "--device", "nonsense"], "device 'nonsense' cannot be used"),
         (["recipes", "nothing"], "unknown recipe 'nothing'"),
         (["sample", "nothing"], "nothing is no file or folder"),

@@ -18,8 +18,10 @@ from torch import nn
 from diffbook import training
 from diffbook.data import fashion_subset
 from diffbook.diffusion import q_sample, v_target
+from diffbook.processes import Processes
 from diffbook.recipes import RECIPES, Classification, Diffusion, recipe_from_json, stream
-from diffbook.training import TrainingError, image_order, read_log, train
+from diffbook.runs import TrainingError, read_log
+from diffbook.training import image_order, train
 from diffbook.weights import WeightsError, checkpoints, load_model, read_tensors, write_atomically, write_tensors
 
 SMOKE = replace(RECIPES["fashion-smoke"], images=256, ema=0.9)
@@ -140,12 +142,12 @@ def test_learning_rate_is_warm_up_then_half_a_cosine():
 
 def test_ema_follows_the_formula(whole):
     assert SMOKE.ema_decay(0) == 0.1 and SMOKE.ema_decay(32) == 2 / 11 and SMOKE.ema_decay(10**6) == 0.9
-    state = training.State(SMOKE, torch.device("cpu"))
+    state = training.State(SMOKE, Processes("cpu"))
     data, expected = fashion_subset(), None
     for n in range(4):
         order = image_order(0, state.images, 32, len(data))
         before = [p.clone() for p in state.averaged.parameters()] if expected is None else expected
-        training._step(state, data.x(order), data.labels[order])
+        training.take_step(state, data.x(order), data.labels[order])
         d = (1 + n) / (10 + n)
         expected = [d * e + (1 - d) * p.detach() for e, p in zip(before, state.network.parameters(), strict=True)]
     assert all(torch.allclose(e, p, atol=1e-6) for e, p in zip(expected, state.averaged.parameters(), strict=True))
@@ -223,11 +225,11 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_
 
 
 def test_a_gradient_that_is_not_finite_stops_before_it_spoils_the_weights(tmp_path):
-    state = training.State(SMOKE, torch.device("cpu"))
+    state = training.State(SMOKE, Processes("cpu"))
     state.network.stem.weight.register_hook(lambda g: g * float("nan"))
     before = {k: v.clone() for k, v in state.network.state_dict().items()}
     with pytest.raises(TrainingError, match="norm of its gradient nan"):
-        training._step(state, fashion_subset().x(slice(32)), fashion_subset().labels[:32])
+        training.take_step(state, fashion_subset().x(slice(32)), fashion_subset().labels[:32])
     assert equal(before, state.network.state_dict())
 
 

@@ -27,7 +27,8 @@ from diffbook.data import cache_folder, emoji64, to_uint8
 from diffbook.evaluation import draw_images, frechet_jackknife, image_features, psnr, shuffled
 from diffbook.gaussian import kl_diagonal
 from diffbook.recipes import RECIPES, Compression, Diffusion, stream
-from diffbook.training import read_log, train
+from diffbook.runs import read_log
+from diffbook.training import train
 from diffbook.weights import checkpoints, load_model, write_atomically, write_tensors
 
 ASSETS = Path(__file__).resolve().parents[1] / "src" / "diffbook" / "assets" / "results"

@@ -33,8 +33,10 @@ from diffbook.autoencoder import SpatialVAE
 from diffbook.classifier import CaptionMatcher
 from diffbook.data import cache_folder, emoji64, to_uint8
 from diffbook.evaluation import draw_images, frechet_jackknife, image_features, shuffled
+from diffbook.planning import saved_bytes
 from diffbook.recipes import Diffusion, Recipe, find_recipe, stream
-from diffbook.training import read_log, train, training_set
+from diffbook.runs import read_log
+from diffbook.training import train, training_set
 from diffbook.weights import load_model, model_card, write_atomically, write_tensors
 
 ASSETS = Path(__file__).resolve().parents[1] / "src" / "diffbook" / "assets" / "results"
@@ -106,19 +108,6 @@ def at_equal_compute() -> Diffusion:
     """The latent recipe with as many images, in whole batches, as the compute of the pixel model pays for."""
     ratio = flops(one_step(PIXEL)) / flops(one_step(LATENT))
     return replace(LATENT, images=round(PIXEL.images * ratio / LATENT.batch) * LATENT.batch)
-
-
-def saved_bytes(work: Callable[[], None]) -> int:
-    """Bytes of all that a training step keeps for its backward pass."""
-    kept: dict[int, int] = {}
-
-    def pack(x: Tensor) -> Tensor:
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        work()
-    return sum(kept.values())
 
 
 WORK: dict[str, Callable[[], Callable[[], None]]] = {

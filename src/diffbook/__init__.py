@@ -2,8 +2,8 @@
 
 Read the modules in this order; each imports only from those before it::
 
-    schedule → gaussian → diffusion → sampling → data → unet → classifier → recipes → weights → training
-    → evaluation → figures → notebook → cli
+    schedule → gaussian → diffusion → sampling → data → unet → classifier → recipes → weights → processes
+    → runs → training → planning → evaluation → figures → notebook → cli
 
 Conventions that hold everywhere:
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -47,6 +49,8 @@ from diffbook.evaluation import (
     shuffled,
 )
 from diffbook.latent import LatentDiffusion, emoji_vocabulary, from_latents, to_latents
+from diffbook.planning import plan
+from diffbook.processes import Processes, find_processes
 from diffbook.recipes import (
     RECIPES,
     CaptionedDiffusion,
@@ -57,7 +61,8 @@ from diffbook.recipes import (
     find_recipe,
     with_data,
 )
-from diffbook.training import read_log, train
+from diffbook.runs import best_of, read_log
+from diffbook.training import Step, train
 from diffbook.weights import (
     checkpoints,
     latent_diffusion,
@@ -68,14 +73,24 @@ from diffbook.weights import (
     write_tensors,
 )
 
-GRID_EVERY = 50_000  # images between two grids of samples
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+
+class Stopped(Exception):
+    """A signal has stopped a training run; what was done is saved."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.number = number
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        0 if it succeeded; 1 after an error, which is told in one line; 2 for arguments that argparse refuses.
+        0 if it succeeded; 1 after an error, which is told in one line; 2 for arguments that argparse refuses; 128 and
+        the number of the signal that stopped it.
     """
     options = _parser().parse_args(arguments)
     try:
@@ -83,14 +98,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"diffbook: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt as interrupt:
-        print(f"diffbook: {str(interrupt) or 'interrupted'}", file=sys.stderr)
-        return 130
+    except Stopped as stopped:
+        print(f"diffbook: {stopped}", file=sys.stderr)
+        return 128 + stopped.number
+    except KeyboardInterrupt:
+        print("diffbook: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    if not result:  # of several processes only the first has something to say
+        return 0
     if options.json:
         print(json.dumps(result))
     else:
+        width = max(map(len, result))
         for key, value in result.items():
-            print(f"{key:10} {value}")
+            print(f"{key:{width}}  {value}")
     return 0
 
 
@@ -127,51 +148,125 @@ def recipes(options: argparse.Namespace) -> dict[str, object]:
 
 def train_model(options: argparse.Namespace) -> dict[str, object]:
     """Train by a recipe, or go on with a run; show progress, and draw samples as it goes."""
-    from tqdm import tqdm  # type: ignore[import-untyped]
+    recipe = _recipe_to_train(options)
+    folder = options.folder or cache_folder() / "runs" / recipe.name
+    processes = find_processes(_device(options.device))
+    if options.dry_run:
+        return plan(recipe, processes) if processes.index == 0 else {}
+    with _signals(processes) as received:
+        steps = train(recipe, folder, save_every=options.save_every, keep=options.keep, processes=processes)
+        with contextlib.closing(steps):  # closing saves
+            last = _follow(steps, recipe, folder, options) if processes.index == 0 else _leave_with_the_others(steps)
+    if last and last.stop:
+        message = f"stopped and saved after {last.images} images; the same command goes on from there"
+        raise Stopped(message, received[0] if received else signal.SIGTERM)
+    if processes.index > 0:
+        return {}
+    result = {"name": recipe.name, "folder": str(folder)} | read_log(folder / "log.jsonl")[-1]
+    if best := best_of(folder):
+        result |= {"best": best[0], "held_out_loss": round(best[1], 6)}
+    return result
 
+
+def _recipe_to_train(options: argparse.Namespace) -> Recipe:
+    """The recipe of that name, with what the command's options change in it."""
     recipe = replace(find_recipe(options.name), seed=options.seed)
+    for name in ("images", "parts", "keep", "samples_every"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
     if options.images is not None:
-        if options.images < 1:
-            raise ValueError(f"--images must be at least 1, got {options.images}")
         recipe = replace(recipe, images=options.images)
+    if options.parts is not None:
+        recipe = replace(recipe, parts=options.parts)
     if options.data is not None:
         recipe = with_data(recipe, options.data)
     if options.autoencoder is not None:
         if not isinstance(recipe, Diffusion) or not recipe.autoencoder:
             raise ValueError(f"--autoencoder: {recipe.name} works on pixels")
         recipe = replace(recipe, autoencoder=options.autoencoder)
-    folder = options.folder or cache_folder() / "runs" / recipe.name
-    done = [int(path.stem.removeprefix("checkpoint-")) for path in checkpoints(folder)]
-    device = _device(options.device)
-    stopped: list[int] = []
-    handlers = {s: signal.signal(s, lambda number, _: stopped.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
-    steps = train(recipe, folder, device, save_every=options.save_every)
+    return recipe
+
+
+@contextlib.contextmanager
+def _signals(processes: Processes) -> Iterator[list[int]]:
+    """Within it SIGINT and SIGTERM ask the run to stop after its next step, and are put into the list."""
+    received: list[int] = []
+
+    def handle(number: int, _: object) -> None:
+        received.append(number)
+        processes.stop_asked = True
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _follow(steps: Iterable[Step], recipe: Recipe, folder: Path, options: argparse.Namespace) -> Step | None:
+    """Show progress and draw samples until the run ends or is stopped; the last step, or None if there was none."""
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    done = max((int(path.stem.removeprefix("checkpoint-")) for path in checkpoints(folder)), default=0)
+    writer = _tensorboard(folder, done) if options.tensorboard else None
     bar = tqdm(
         total=recipe.images,
-        initial=max(done, default=0),  # what was done in earlier sittings is no speed of this one
+        initial=done,  # what was done in earlier sittings is no speed of this one
         unit=" images",
         unit_scale=True,
         mininterval=1 if sys.stderr.isatty() else 30,
     )
+    step = None
+    with bar, writer or contextlib.nullcontext():
+        for step in steps:
+            bar.update(min(step.images, recipe.images) - bar.n)
+            bar.set_postfix(loss=f"{step.loss:.4f}", refresh=False)
+            if writer:
+                _write_scalars(writer, step)
+            crossed = step.images // options.samples_every > (step.images - recipe.batch) // options.samples_every
+            path = folder / f"samples-{step.images:012d}.png"
+            if (crossed or step.images >= recipe.images) and _save_samples(step.averaged, recipe, path) and writer:
+                writer.add_image("samples", _read_png(path), step.images)
+            if step.stop:
+                break
+    return step
+
+
+def _leave_with_the_others(steps: Iterable[Step]) -> Step | None:
+    """As :func:`_follow`, for the processes that write nothing."""
+    step = None
+    for step in steps:
+        if step.stop:
+            break
+    return step
+
+
+def _tensorboard(folder: Path, images: int) -> SummaryWriter:
+    """A writer of curves for TensorBoard; what was written after the checkpoint is replaced."""
     try:
-        with bar:
-            for step in steps:
-                bar.update(min(step.images, recipe.images) - bar.n)
-                bar.set_postfix(loss=f"{step.loss:.4f}", refresh=False)
-                last = step.images >= recipe.images
-                crossed = step.images // GRID_EVERY > (step.images - recipe.batch) // GRID_EVERY
-                if crossed or last:
-                    _save_samples(step.averaged, recipe, folder / f"samples-{step.images:012d}.png")
-                if stopped:
-                    break
-    finally:
-        steps.close()  # saves
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    if stopped:
-        raise KeyboardInterrupt(f"stopped and saved after {step.images} images; the same command goes on from there")
-    lines = read_log(folder / "log.jsonl")
-    return {"name": recipe.name, "folder": str(folder)} | lines[-1]
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError('--tensorboard needs tensorboard: pip install "diffbook[gpu]"') from error
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=images)
+
+
+def _write_scalars(writer: SummaryWriter, step: Step) -> None:
+    """The numbers of a step, over the images seen."""
+    values = {"loss": step.loss, "learning_rate": step.lr, "gradient_norm": step.gradient_norm}
+    if step.held_out is not None:
+        values["held_out_loss"] = step.held_out
+    for name, value in values.items():
+        writer.add_scalar(name, value, step.images)
+
+
+def _read_png(path: Path) -> Tensor:
+    """A picture as uint8, shape ``(C, H, W)``."""
+    from PIL import Image
+    from torchvision.transforms.functional import pil_to_tensor
+
+    with Image.open(path) as image:
+        return pil_to_tensor(image.convert("RGB"))
 
 
 def sample(options: argparse.Namespace) -> dict[str, object]:
@@ -447,8 +542,8 @@ def export(options: argparse.Namespace) -> dict[str, object]:
     return {"name": recipe.name, "file": str(path), "bytes": path.stat().st_size}
 
 
-def _save_samples(network: torch.nn.Module, recipe: Recipe, path: Path) -> None:
-    """Eighty images of a model that can draw, as one PNG; nothing for the others."""
+def _save_samples(network: torch.nn.Module, recipe: Recipe, path: Path) -> bool:
+    """Eighty images of a model that can draw, as one PNG; nothing for the others. Whether there is one."""
     if isinstance(recipe, CaptionedDiffusion):
         rows, model = emoji_rows("test"), latent_diffusion(network, recipe)
         save_grid(model.sample([rows[i * len(rows) // 80].caption for i in range(80)]), path, 10)
@@ -457,6 +552,7 @@ def _save_samples(network: torch.nn.Module, recipe: Recipe, path: Path) -> None:
         save_grid(torch.cat(list(draw_images(network, recipe, y, autoencoder=autoencoder))), path, 10)
     elif isinstance(network, VAE):
         save_grid(torch.cat(list(decode_images(network, 80))), path, 10)
+    return path.exists()
 
 
 def save_grid(x: Tensor, path: Path, columns: int) -> None:
@@ -544,6 +640,13 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--data", help="other data than the recipe's: a name, or folder:SIZE:PATH for your own images")
     p.add_argument("--autoencoder", help="for diffusion on latents: a model, a file, or the folder of a run")
     p.add_argument("--save-every", type=float, default=60.0, help="seconds between checkpoints (default: 60)")
+    p.add_argument("--keep", type=int, default=3, help="how many checkpoints to keep, beside the best (default: 3)")
+    p.add_argument("--parts", type=int, help="compute a batch in so many parts, to save memory (default: the recipe's)")
+    p.add_argument(
+        "--samples-every", type=int, default=50_000, help="images between two grids of samples (default: 50000)"
+    )
+    p.add_argument("--tensorboard", action="store_true", help="write curves and samples for TensorBoard as well")
+    p.add_argument("--dry-run", action="store_true", help="train nothing; say what it would cost")
     p.set_defaults(command=train_model)
 
     model = "a model that comes with the package, a file, or the folder of a run"

@@ -51,6 +51,7 @@ class Recipe:
         lr, warmup: the highest learning rate of AdamW, and after how many images it is reached.
         clip: bound on the norm of the gradient.
         ema: highest decay of the moving average of the weights.
+        parts: into how many equal parts a batch is divided, computed one after the other to save memory.
         autocast: compute the network in bfloat16, compile: with ``torch.compile``; both on a GPU only.
     """
 
@@ -67,6 +68,7 @@ class Recipe:
     clip: float = 1.0
     ema: float = 0.999
     seed: int = 0
+    parts: int = 1
     autocast: bool = False
     compile: bool = False
 
@@ -76,8 +78,14 @@ class Recipe:
             torch.random.default_generator.manual_seed(self.seed)
             return NETWORKS[self.network](**self.options)
 
-    def loss(self, network: nn.Module, x_0: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
-        """The loss of a batch, a scalar; everything random comes from the generator, on the device of ``x_0``."""
+    def loss(
+        self, network: nn.Module, x_0: Tensor, y: Tensor, generator: torch.Generator, rows: slice = slice(None)
+    ) -> Tensor:
+        """The mean loss of some rows of a batch, a scalar.
+
+        Everything random is drawn for the whole batch, from the generator, on the device of ``x_0``: so the losses of
+        equal parts of a batch, wherever they are computed, have the batch's loss as their mean.
+        """
         raise TypeError(f"{type(self).__name__} has no loss")
 
     def augment(self, x_0: Tensor, generator: torch.Generator) -> Tensor:
@@ -143,7 +151,9 @@ class Diffusion(Recipe):
         """The schedule as a table."""
         return _schedule(self.schedule, self.T)
 
-    def loss(self, network: nn.Module, x_0: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
+    def loss(
+        self, network: nn.Module, x_0: Tensor, y: Tensor, generator: torch.Generator, rows: slice = slice(None)
+    ) -> Tensor:
         """Algorithm 1 of Ho et al. (2020), with stratified times: the mean squared error of what is predicted.
 
         For v this is the loss of ε with a weight, :eq:`eq-v-loss-weights`. The i-th of B images has its time in the
@@ -157,7 +167,8 @@ class Diffusion(Recipe):
         y = self.drop_labels(y, generator)
         schedule = self.noise_schedule()
         target = {"v": v_target(x_0, eps, t, schedule), "x_0": x_0, "eps": eps}[self.predicts]
-        return F.mse_loss(network(q_sample(x_0, eps, t, schedule), t, y), target)
+        x_t = q_sample(x_0, eps, t, schedule)
+        return F.mse_loss(network(x_t[rows], t[rows], y[rows]), target[rows])
 
     def drop_labels(self, y: Tensor, generator: torch.Generator) -> Tensor:
         """The labels, each replaced by the null label with the probability ``label_drop``, by itself."""
@@ -194,8 +205,10 @@ class WithoutLabels(nn.Module):
 class Unconditional(Diffusion):
     """A diffusion model that is told nothing but the time; its network has no classes."""
 
-    def loss(self, network: nn.Module, x_0: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
-        return super().loss(WithoutLabels(network), x_0, y, generator)
+    def loss(
+        self, network: nn.Module, x_0: Tensor, y: Tensor, generator: torch.Generator, rows: slice = slice(None)
+    ) -> Tensor:
+        return super().loss(WithoutLabels(network), x_0, y, generator, rows)
 
     def drop_labels(self, y: Tensor, generator: torch.Generator) -> Tensor:
         """Labels as they are: nobody looks at them."""
@@ -220,9 +233,12 @@ class Autoencoding(Recipe):
     bound gives it, :eq:`eq-hidden-beta`.
     """
 
-    def loss(self, network: nn.Module, x_0: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
+    def loss(
+        self, network: nn.Module, x_0: Tensor, y: Tensor, generator: torch.Generator, rows: slice = slice(None)
+    ) -> Tensor:
         assert isinstance(network, VAE)
-        return -elbo(network, x_0, generator).total.mean() / x_0[0].numel()
+        eps = torch.randn((len(x_0), network.latent), generator=generator, device=x_0.device)
+        return -elbo(network, x_0[rows], noise=eps[rows]).total.mean() / x_0[0].numel()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,10 +254,13 @@ class Compression(Recipe):
 
     kl_weight: float
 
-    def loss(self, network: nn.Module, x_0: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
+    def loss(
+        self, network: nn.Module, x_0: Tensor, y: Tensor, generator: torch.Generator, rows: slice = slice(None)
+    ) -> Tensor:
         assert isinstance(network, SpatialVAE)
+        B, x_0 = len(x_0), x_0[rows]
         mean, variance = network.encode(x_0)
-        eps = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+        eps = torch.randn((B, *mean.shape[1:]), generator=generator, device=mean.device, dtype=mean.dtype)[rows]
         x = network.decode(mean + variance.sqrt() * eps)
         kl = kl_diagonal(mean, variance, torch.zeros_like(mean), torch.ones_like(mean)).sum() / x_0.numel()
         return F.l1_loss(x, x_0) + F.mse_loss(x, x_0) + self.kl_weight * kl
@@ -257,8 +276,10 @@ class Compression(Recipe):
 class Classification(Recipe):
     """A classifier: cross-entropy, with labels smoothed by 0.1."""
 
-    def loss(self, network: nn.Module, x_0: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
-        return F.cross_entropy(network(x_0), y, label_smoothing=0.1)
+    def loss(
+        self, network: nn.Module, x_0: Tensor, y: Tensor, generator: torch.Generator, rows: slice = slice(None)
+    ) -> Tensor:
+        return F.cross_entropy(network(x_0[rows]), y[rows], label_smoothing=0.1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,7 +292,14 @@ class Matching(Recipe):
 
     shift: int = 0
 
-    def loss(self, network: nn.Module, x_0: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
+    def loss(
+        self, network: nn.Module, x_0: Tensor, y: Tensor, generator: torch.Generator, rows: slice = slice(None)
+    ) -> Tensor:
+        if len(x_0[rows]) < len(x_0):
+            raise ValueError(
+                f"{self.name} compares each image with all captions of its batch, so a batch cannot be divided: "
+                "train it with one process and parts = 1"
+            )
         size, s = x_0.shape[-1], self.shift
         i, j = torch.randint(0, 2 * s + 1, (2,), generator=generator, device=x_0.device).tolist()
         x = F.pad(x_0, (s, s, s, s), value=1.0)[..., i : i + size, j : j + size]

@@ -18,21 +18,23 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
-import json
 import time
-from collections.abc import Generator, Iterator
+import warnings
+from collections.abc import Generator
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from diffbook.autoencoder import SpatialVAE
-from diffbook.data import CaptionedImages, ImageSet, cache_folder, image_set
+from diffbook.autoencoder import VAE, SpatialVAE
+from diffbook.data import CaptionedImages, DataError, ImageSet, cache_folder, image_set
 from diffbook.latent import LatentSet, emoji_vocabulary, to_latents
+from diffbook.processes import Loss, Processes, find_processes, own_rows
 from diffbook.recipes import CaptionedDiffusion, Diffusion, Matching, Recipe, recipe_from_json, stream
+from diffbook.runs import HELD_OUT, LOG_EVERY, Best, Log, TrainingError, check_same, only_run
 from diffbook.weights import (
     WeightsError,
     checkpoints,
@@ -40,15 +42,8 @@ from diffbook.weights import (
     load_model,
     read_tensors,
     source_of,
-    write_atomically,
     write_tensors,
 )
-
-LOG_EVERY = 50  # steps
-
-
-class TrainingError(ValueError):
-    """A run cannot start or go on; the message says what to do. What was saved is intact."""
 
 
 class Step(NamedTuple):
@@ -59,23 +54,39 @@ class Step(NamedTuple):
     lr: float
     gradient_norm: float  # before clipping
     averaged: nn.Module  # the network with averaged weights (EMA), live: to look at, not to change
+    held_out: float | None = None  # the averaged network's loss on held-out images, when it was measured
+    stop: bool = False  # a process was asked to stop: all of them should leave after this step
+    save: bool = False  # a checkpoint is due
 
 
 class State:
     """All that a checkpoint holds: network, averaged network, optimizer, images seen, seconds spent."""
 
-    def __init__(self, recipe: Recipe, device: torch.device) -> None:
-        self.recipe, self.device = recipe, device
-        self.network = recipe.build().to(device).to(memory_format=torch.channels_last)
+    def __init__(self, recipe: Recipe, processes: Processes) -> None:
+        self.recipe, self.processes, self.device = recipe, processes, processes.device
+        self.rows = own_rows(recipe.batch, processes, recipe.parts)
+        self.network = recipe.build().to(self.device).to(memory_format=torch.channels_last)
         self.averaged = copy.deepcopy(self.network).eval().requires_grad_(False)
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True
         )
+        self.loss = processes.wrap(Loss(recipe, self.network))
         self.images = 0
         self.seconds = self.cpu_seconds = 0.0
 
     def save(self, folder: Path, keep: int) -> None:
-        """Write a checkpoint and delete all but the last ``keep``."""
+        """Write a checkpoint and delete all but the last ``keep``; of several processes the first does so.
+
+        Raises:
+            TrainingError: the processes have no longer the same weights.
+        """
+        if not self.processes.agree(self.averaged):
+            raise TrainingError(
+                f"after {self.images} images the processes have different weights: the last checkpoint is from before; "
+                "the same command goes on from there"
+            )
+        if self.processes.index > 0:
+            return
         tensors = {f"network.{k}": v for k, v in self.network.state_dict().items()}
         tensors |= {f"ema.{k}": v for k, v in self.averaged.state_dict().items()}
         for name, parameter in self.network.named_parameters():
@@ -92,6 +103,20 @@ class State:
         for old in checkpoints(folder)[:-keep]:
             old.unlink()
 
+    def resume_last(self, folder: Path) -> None:
+        """Go back to the last checkpoint in a folder, if there is one.
+
+        Raises:
+            WeightsError, TrainingError: see :meth:`resume`.
+        """
+        found = checkpoints(folder)
+        try:
+            if found:
+                self.resume(found[-1])
+        except WeightsError as error:
+            before = f"; the run then goes on from {found[-2].name}" if len(found) > 1 else ""
+            raise WeightsError(f"{error}{before}") from error
+
     def resume(self, path: Path) -> None:
         """Go back to a checkpoint.
 
@@ -101,7 +126,7 @@ class State:
         """
         tensors, about = read_tensors(path)
         try:
-            _check_same(self.recipe, recipe_from_json(about["recipe"]), path.parent)
+            check_same(self.recipe, recipe_from_json(about["recipe"]), path.parent)
             parts: dict[str, dict[str, Tensor]] = {"network": {}, "ema": {}, "optimizer": {}}
             for key, tensor in tensors.items():
                 part, _, name = key.partition(".")
@@ -121,48 +146,55 @@ class State:
 
 
 def train(
-    recipe: Recipe, folder: Path | str, device: torch.device | str = "cpu", save_every: float = 60.0, keep: int = 3
+    recipe: Recipe,
+    folder: Path | str,
+    device: torch.device | str = "cpu",
+    save_every: float = 60.0,
+    keep: int = 3,
+    processes: Processes | None = None,
 ) -> Generator[Step, None, None]:
     """Train by a recipe, and go on where a checkpoint in the folder ends.
 
-    Closing the generator, or leaving a ``for`` loop over it, saves first. A folder holds the last checkpoints and
-    ``log.jsonl``.
+    Closing the generator, or leaving a ``for`` loop over it, saves first. What lies in the folder is told in
+    :mod:`diffbook.runs`. Several processes share a batch; the first writes, and all must see the same folder.
 
     Args:
         folder: of this run, made if need be.
         save_every: seconds between checkpoints; there is one more at the end.
         keep: how many checkpoints to keep, at least 1.
+        processes: who takes part; by default all that were started together with this one.
 
     Raises:
         TrainingError: another run uses the folder; the folder holds a run of another recipe; the loss or a gradient
             is not finite (the weights are then those before that step, and are not saved).
         WeightsError: the last checkpoint is damaged or foreign.
+        ValueError: the batch cannot be divided among processes and parts.
         OSError: a checkpoint or the log cannot be written.
     """
-    folder, device = Path(folder), torch.device(device)
+    folder = Path(folder)
+    processes = processes or find_processes(device)
     if keep < 1:
         raise ValueError(f"keep must be at least 1, got {keep}")
     folder.mkdir(parents=True, exist_ok=True)
-    with _only_run(folder):
-        state = State(recipe, device)
-        found = checkpoints(folder)
-        if found:
-            state.resume(found[-1])
-        log = _Log(folder / "log.jsonl", state)
-        if recipe.compile and device.type == "cuda":
-            state.network.compile()
-        data = training_set(recipe, device)
+    with only_run(folder) if processes.index == 0 else contextlib.nullcontext():
+        state = State(recipe, processes)
+        state.resume_last(folder)
+        if recipe.compile and state.device.type == "cuda":
+            compile_network(state.network)
+        data = training_set(recipe, state.device)
+        record = _Record(folder, state, data) if processes.index == 0 else None
         saved_at, saved_images = time.monotonic(), state.images
         while state.images < recipe.images:
             wall, cpu = time.monotonic(), time.process_time()
-            order = image_order(recipe.seed, state.images, recipe.batch, len(data), device)
-            step = _step(state, data.x(order), data.labels[order])
+            order = image_order(recipe.seed, state.images, recipe.batch, len(data), state.device)
+            step = take_step(state, data.x(order), data.labels[order], save=wall - saved_at >= save_every)
             state.seconds += time.monotonic() - wall
             state.cpu_seconds += time.process_time() - cpu
-            log.add(step)
+            if record:
+                step = record.add(step)
             if state.images >= recipe.images:
                 recipe.finish(state.averaged, data)
-            if time.monotonic() - saved_at >= save_every or state.images >= recipe.images:
+            if step.save or state.images >= recipe.images:
                 state.save(folder, keep)
                 saved_at, saved_images = time.monotonic(), state.images
             try:
@@ -173,16 +205,31 @@ def train(
                 raise
 
 
-def training_set(recipe: Recipe, device: torch.device | str = "cpu") -> ImageSet | LatentSet:
+def compile_network(network: nn.Module) -> None:
+    """Have torch.compile translate what a recipe calls of its network: its two halves, if it is an autoencoder."""
+    halves = [network.encoder, network.decoder] if isinstance(network, (VAE, SpatialVAE)) else [network]
+    for module in halves:
+        module.compile()
+
+
+def training_set(
+    recipe: Recipe, device: torch.device | str = "cpu", split: str = "train", at_most: int | None = None
+) -> ImageSet | LatentSet:
     """What a recipe learns from, on the device: images, or the latents that its autoencoder makes of them.
 
     Latents are computed once, in float32, and kept in the cache under a checksum of the autoencoder and the images.
+
+    Args:
+        split: or ``"test"``, what it does not learn from.
+        at_most: only so many of the images, at equal distances.
 
     Raises:
         ValueError: the recipe's autoencoder is missing, or no autoencoder.
         DataError: see the function of the data set.
     """
-    images = image_set(recipe.data)
+    images = image_set(recipe.data, split)
+    if at_most is not None:
+        images = images.part(torch.arange(min(at_most, len(images))) * len(images) // min(at_most, len(images)))
     labels = images.labels
     if isinstance(recipe, (CaptionedDiffusion, Matching)):
         assert isinstance(images, CaptionedImages)
@@ -222,25 +269,29 @@ def _permutation(seed: int, epoch: int, size: int, device: str) -> Tensor:
     return torch.randperm(size, generator=stream(seed, "epoch", epoch)).to(device)
 
 
-def _step(state: State, x_0: Tensor, y: Tensor) -> Step:
-    """One step of the optimizer and of the moving average, :eq:`def-ema`."""
-    recipe, device = state.recipe, state.device
-    number = state.images // recipe.batch
+def take_step(state: State, x_0: Tensor, y: Tensor, save: bool = False) -> Step:
+    """One step of the optimizer and of the moving average, :eq:`def-ema`.
+
+    Args:
+        x_0, y: the whole batch, in every process: noise belongs to a row of the batch, whoever computes that row.
+        save: the first process finds that a checkpoint is due.
+
+    Raises:
+        TrainingError: the loss or its gradient is not finite; the weights are those before.
+    """
+    recipe = state.recipe
     lr = recipe.learning_rate(state.images)
     network: list[Tensor] = list(state.network.parameters())
     averaged: list[Tensor] = list(state.averaged.parameters())
-    cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(cuda), torch.autocast(device.type, torch.bfloat16, recipe.autocast and bool(cuda)):
-        torch.manual_seed(stream(recipe.seed, "dropout", number).initial_seed())
-        x_0 = recipe.augment(x_0, stream(recipe.seed, "augment", number, device))
-        loss = recipe.loss(state.network, x_0, y, stream(recipe.seed, "noise", number, device))
-        loss.backward()
+    loss = _gradients(state, x_0, y)
     norm = nn.utils.clip_grad_norm_(network, recipe.clip)
-    values = torch.stack([loss.detach().float(), norm.float()]).tolist()  # the only time a GPU is waited for
+    told = torch.tensor([state.processes.stop_asked, save and state.processes.index == 0], device=state.device)
+    # the only time a GPU is waited for
+    values = state.processes.mean(torch.cat([torch.stack([loss, norm.float()]), told.float()])).tolist()
     if not all(value - value == 0 for value in values):  # false for NaN and for infinity
         raise TrainingError(
-            f"step {number}, after {state.images} images: the loss is {values[0]:g} and the norm of its gradient "
-            f"{values[1]:g}; the checkpoints are from before. Lower the learning rate ({lr:g})"
+            f"step {state.images // recipe.batch}, after {state.images} images: the loss is {values[0]:g} and the norm "
+            f"of its gradient {values[1]:g}; the checkpoints are from before. Lower the learning rate ({lr:g})"
         )
     state.optimizer.param_groups[0]["lr"] = lr
     state.optimizer.step()
@@ -248,65 +299,66 @@ def _step(state: State, x_0: Tensor, y: Tensor) -> Step:
     with torch.no_grad():
         torch._foreach_lerp_(averaged, network, 1 - recipe.ema_decay(state.images))
     state.images += recipe.batch
-    return Step(state.images, values[0], lr, values[1], state.averaged)
+    return Step(state.images, values[0], lr, values[1], state.averaged, stop=values[2] > 0, save=values[3] > 0)
 
 
-class _Log:
-    """A line of JSON for every ``LOG_EVERY`` steps, with the mean of the losses since the last."""
-
-    def __init__(self, path: Path, state: State) -> None:
-        self.path, self.state, self.losses = path, state, list[float]()
-        if path.exists():  # what was logged after the checkpoint will be logged again
-            lines = [line for line in read_log(path) if line["images"] <= state.images]
-            write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
-
-    def add(self, step: Step) -> None:
-        self.losses.append(step.loss)
-        if step.images // self.state.recipe.batch % LOG_EVERY == 0 or step.images >= self.state.recipe.images:
-            line = {
-                "images": step.images,
-                "loss": round(sum(self.losses) / len(self.losses), 6),
-                "lr": step.lr,
-                "gradient_norm": round(step.gradient_norm, 4),
-                "seconds": round(self.state.seconds, 1),
-                "cpu_seconds": round(self.state.cpu_seconds, 1),
-            }
-            self.losses.clear()
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+def _gradients(state: State, x_0: Tensor, y: Tensor) -> Tensor:
+    """Add up the gradients of a batch, part by part, and return the mean loss of this process's rows."""
+    recipe, device = state.recipe, state.device
+    x_0 = recipe.augment(x_0, stream(recipe.seed, "augment", state.images // recipe.batch, device))
+    total = torch.zeros((), device=device)
+    for rows in state.rows:
+        sent = rows is state.rows[-1]  # with the last part: what was added up goes to the other processes
+        with contextlib.nullcontext() if sent else state.processes.without_others(state.loss):
+            loss = _loss(state, x_0, y, rows) / recipe.parts
+            loss.backward()
+        total += loss.detach().float()
+    return total
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log; a last line that was cut off is left out."""
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            lines.append(json.loads(line))
-    return lines
+def _loss(state: State, x_0: Tensor, y: Tensor, rows: slice) -> Tensor:
+    """The recipe's loss of some rows of a batch, with the noise that belongs to the step."""
+    recipe, device, number = state.recipe, state.device, state.images // state.recipe.batch
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(cuda), torch.autocast(device.type, torch.bfloat16, recipe.autocast and bool(cuda)):
+        # no process and no part may drop what another one drops
+        place = f" from row {rows.start}" if rows.start else ""
+        torch.manual_seed(stream(recipe.seed, f"dropout{place}", number).initial_seed())
+        loss: Tensor = state.loss(x_0, y, stream(recipe.seed, "noise", number, device), rows)
+    return loss
 
 
-@contextlib.contextmanager
-def _only_run(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock; the system lets go of it even when the process is killed. Without effect on Windows."""
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    with open(folder / "lock", "w") as file:
+class _Record:
+    """What the first process writes down: the log, and the best weights so far."""
+
+    def __init__(self, folder: Path, state: State, data: ImageSet | LatentSet) -> None:
+        self.state, self.data, self.losses = state, data, list[float]()
+        self.log = Log(folder / "log.jsonl", state.images)
+        self.best = None
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise TrainingError(f"another run is using {folder}; wait for it, or choose another folder") from error
-        yield
+            if state.recipe.data == "digits":
+                raise DataError("digits have no test set")
+            held_out = training_set(state.recipe, state.device, "test", HELD_OUT)
+            self.best = Best(folder, state.recipe, state.images, held_out)
+        except DataError as error:
+            warnings.warn(f"{error}; the best weights are not kept apart", stacklevel=2)
 
-
-def _check_same(new: Recipe, old: Recipe, folder: Path) -> None:
-    a, b = new.to_json(), old.to_json()
-    names = [name for name in sorted({*a, *b} - {"about"}) if a.get(name) != b.get(name)]
-    changed = [f"{name} was {b.get(name)!r} and is {a.get(name)!r}" for name in names]
-    if changed:
-        raise TrainingError(f"{folder} holds a run of another recipe ({'; '.join(changed)}); choose another folder")
+    def add(self, step: Step) -> Step:
+        recipe = self.state.recipe
+        self.losses.append(step.loss)
+        if step.images // recipe.batch % LOG_EVERY == 0 or step.images >= recipe.images:
+            self.log.add(
+                images=step.images,
+                loss=round(sum(self.losses) / len(self.losses), 6),
+                lr=step.lr,
+                gradient_norm=round(step.gradient_norm, 4),
+                seconds=round(self.state.seconds, 1),
+                cpu_seconds=round(self.state.cpu_seconds, 1),
+            )
+            self.losses.clear()
+        if self.best and self.best.is_due(step.images):
+            step = step._replace(held_out=self.best.measure(step.averaged, step.images, self.data))
+        return step
 
 
 def describe(device: torch.device) -> str:

@@ -13,6 +13,7 @@ from torch import nn
 
 from diffbook import training
 from diffbook.diffusion import eps_from_v, q_sample, v_target, x0_from_eps
+from diffbook.processes import Processes
 from diffbook.recipes import find_recipe
 from diffbook.schedule import NoiseSchedule, cosine_schedule, linear_schedule
 from diffbook.unet import Attention, LiteUNet, ResBlock, UNet, group_norm, time_embedding
@@ -302,12 +303,12 @@ def flat(network):
 def test_ema_weights_in_training():
     """Exact: after some steps the package's averaged weights are the weighted sum of all weights it has had."""
     recipe = replace(SMOKE, lr=0.02, ema=0.3)  # reached after four steps, so that both branches of the warm-up are used
-    state = training.State(recipe, torch.device("cpu"))
+    state = training.State(recipe, Processes("cpu"))
     history, decays = [flat(state.network)], []
     for n in range(8):
         decays.append(min(0.3, (1 + n) / (10 + n)))
         x_0 = random(recipe.batch, 1, 28, 28, seed=n, dtype=torch.float32)
-        training._step(state, x_0, torch.zeros(recipe.batch, dtype=torch.int64))
+        training.take_step(state, x_0, torch.zeros(recipe.batch, dtype=torch.int64))
         history.append(flat(state.network))
     weights = [math.prod(decays)]
     weights += [(1 - d) * math.prod(decays[k + 1 :]) for k, d in enumerate(decays)]
