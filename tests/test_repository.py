@@ -107,7 +107,8 @@ def test_dependencies_are_what_the_package_imports() -> None:
                 imported.add((node.module or "").split(".")[0])
     imported -= {"diffbook", *sys.stdlib_module_names}
     distributions = {"sklearn": "scikit-learn", "IPython": "ipython", "PIL": "pillow"}
-    optional = {r.name for r in requirements("gpu")} - {"tensorboard"}  # which torch.utils imports, not we
+    distributions |= {name.replace("-", "_"): name for name in ("denoising-diffusion-pytorch", "ema-pytorch")}
+    optional = {r.name for r in requirements("gpu", "bench", "hub")} - {"tensorboard"}  # which torch imports, not we
     named = {r.name for r in requirements("dependencies")} | optional
     assert {distributions.get(name, name) for name in imported} == named
 

@@ -3,7 +3,8 @@
 Read the modules in this order; each imports only from those before it::
 
     schedule → gaussian → diffusion → sampling → data → unet → classifier → recipes → weights → processes
-    → runs → training → planning → evaluation → figures → notebook → cli
+    → runs → training → planning → evaluation → figures → notebook → bench
+    → exchange → cli
 
 Conventions that hold everywhere:
 

@@ -519,9 +519,11 @@ def _by_number(features: Tensor, reference: Tensor) -> list[list[float]]:
 
 
 def export(options: argparse.Namespace) -> dict[str, object]:
-    """Write a run's averaged weights in half precision, with a model card beside them."""
+    """Write a run's averaged weights in half precision, with a model card beside them; or for diffusers."""
     source = source_of(options.name)
     network, recipe = load_model(source)
+    if options.diffusers:
+        return _export_to_diffusers(network, recipe, options.to)
     _, about = read_tensors(source)
     if size := folder_size(recipe.data):  # where somebody's images lie is nobody's business
         recipe = replace(recipe, data=f"folder:{size}:{Path(recipe.data.split(':', 2)[2]).name}")
@@ -540,6 +542,36 @@ def export(options: argparse.Namespace) -> dict[str, object]:
     write_tensors(path, {k: v.half() for k, v in network.state_dict().items()}, {"recipe": recipe.to_json()})
     write_atomically(path.with_suffix(".json"), (json.dumps(card, indent=1, sort_keys=True) + "\n").encode())
     return {"name": recipe.name, "file": str(path), "bytes": path.stat().st_size}
+
+
+def _export_to_diffusers(network: torch.nn.Module, recipe: Recipe, folder: Path) -> dict[str, object]:
+    try:
+        from diffbook import exchange
+    except ImportError as error:
+        raise ValueError('--diffusers needs diffusers: pip install "diffbook[bench]"') from error
+    files = exchange.save(network, recipe, folder)
+    return {"name": recipe.name, "folder": str(folder), "files": [str(path.relative_to(folder)) for path in files]}
+
+
+def bench(options: argparse.Namespace) -> dict[str, object]:
+    """Measure speed against other libraries, or what each of our tricks brings."""
+    from diffbook import bench
+
+    device = _device(options.device)
+    for name in ("rounds", "batch"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(options, name)}")
+    if options.tricks:
+        result: dict[str, object] = {"tricks": bench.tricks(device, options.rounds, options.batch)}
+    else:
+        bfloat16 = options.precision == "bf16"
+        result = dict(bench.compare(device, options.rounds, options.batch, bfloat16, options.compile))
+        if "diffusers" not in bench.present()[1]:
+            result["overhead"] = bench.overhead(device, options.rounds)
+    if options.json:
+        return result
+    print(bench.table(result))
+    return {}
 
 
 def _save_samples(network: torch.nn.Module, recipe: Recipe, path: Path) -> bool:
@@ -685,8 +717,17 @@ def _parser() -> argparse.ArgumentParser:
     p = commands.add_parser("export", parents=[common], help="write a run's weights in float16, with a model card")
     p.add_argument("name", metavar="NAME", help=model)
     p.add_argument("--to", type=Path, required=True, help="the folder to write to")
+    p.add_argument("--diffusers", action="store_true", help="write it for 🤗 diffusers instead, in float32")
     p.add_argument("--quality", type=Path, nargs="*", help="results of evaluate --json to put into the card")
     p.set_defaults(command=export)
+
+    p = commands.add_parser("bench", parents=[common], help="measure speed against other libraries, in turn")
+    p.add_argument("--rounds", type=int, default=9, help="rounds in which all have their turn (default: 9)")
+    p.add_argument("--batch", type=int, default=64, help="images a step (default: 64)")
+    p.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: under autocast (default: fp32)")
+    p.add_argument("--compile", action="store_true", help="networks by torch.compile")
+    p.add_argument("--tricks", action="store_true", help="measure instead what each of our own tricks brings")
+    p.set_defaults(command=bench)
     return parser
 
 

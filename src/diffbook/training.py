@@ -71,6 +71,7 @@ class State:
             self.network.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True
         )
         self.loss = processes.wrap(Loss(recipe, self.network))
+        self.autocast = recipe.autocast and self.device.type == "cuda"  # most CPUs are slower in bfloat16
         self.images = 0
         self.seconds = self.cpu_seconds = 0.0
 
@@ -320,7 +321,7 @@ def _loss(state: State, x_0: Tensor, y: Tensor, rows: slice) -> Tensor:
     """The recipe's loss of some rows of a batch, with the noise that belongs to the step."""
     recipe, device, number = state.recipe, state.device, state.images // state.recipe.batch
     cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(cuda), torch.autocast(device.type, torch.bfloat16, recipe.autocast and bool(cuda)):
+    with torch.random.fork_rng(cuda), torch.autocast(device.type, torch.bfloat16, state.autocast):
         # no process and no part may drop what another one drops
         place = f" from row {rows.start}" if rows.start else ""
         torch.manual_seed(stream(recipe.seed, f"dropout{place}", number).initial_seed())
