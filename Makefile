@@ -13,6 +13,7 @@ ONLY ?=
 FILES ?=
 URL ?=
 PY := .venv/bin/python
+NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=600
 # the tests that need the extra `book`, which .venv-lowest does not have
 NEED_BOOK_TOOLS := pages test_book_extensions.py test_nbval_figures.py test_notebooks.py test_repository.py test_tools.py
 
@@ -21,7 +22,7 @@ export PYTHON TORCH_INDEX
 unexport PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help env book test notebooks lab measure mutants browser address constraints test-lowest clean
+.PHONY: help env book test notebooks lab measure mutants browser address constraints test-lowest test-newest audit clean
 
 help: ## show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -60,6 +61,14 @@ constraints: env ## upgrade everything within pyproject.toml's ranges and write 
 test-lowest: ## run the package's tests with the oldest versions that pyproject.toml allows
 	@VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt EXTRAS=test sh tools/make_env.sh
 	@.venv-lowest/bin/python -m pytest tests $(addprefix --ignore=tests/,$(NEED_BOOK_TOOLS))
+
+test-newest: ## run tests and notebooks with the newest versions there are; outputs may differ, errors may not
+	@VENV=.venv-newest CONSTRAINTS=/dev/null EXTRAS=book,test sh tools/make_env.sh
+	@.venv-newest/bin/python -m pytest tests --ignore=tests/pages
+	@.venv-newest/bin/python -m pytest $(NBVAL) notebooks
+
+audit: ## ask whether weaknesses are known of anything that constraints.txt names; needs the network
+	@$(PYTHON) tools/audit.py
 
 clean: ## remove what was built; .venv stays
 	@rm -rf _build build dist .cache .pytest_cache .ruff_cache .mypy_cache .hypothesis

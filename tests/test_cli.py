@@ -24,7 +24,7 @@ def test_data_as_json():
 
 def test_data_for_people(capsys):
     assert main(["data", "two-moons", "--seed", "3"]) == 0
-    assert "shape      [10000, 2]" in capsys.readouterr().out
+    assert "shape     [10000, 2]" in capsys.readouterr().out
 
 
 def test_seed_changes_toy_data(capsys):

@@ -74,7 +74,7 @@ class TestCifar:
                 tar.addfile(member, io.BytesIO(content))
         with pytest.raises(DataError, match="wrong checksum"):
             cifar10("test", tmp_path)
-        monkeypatch.setattr(data, "_CIFAR_MD5", hashlib.md5(path.read_bytes()).hexdigest())
+        monkeypatch.setattr(data, "_CIFAR_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
         monkeypatch.setenv("DIFFBOOK_DATA", str(tmp_path))
         assert torch.equal(cifar10("test").images, cifar10("test", unpacked(tmp_path / "other", batches)).images)
         assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["other"]
@@ -100,13 +100,13 @@ class TestCifar:
     def test_it_is_downloaded_into_the_cache(self, batches, tmp_path, monkeypatch) -> None:
         asked = []
 
-        def download(address: str, folder: Path, md5: str) -> None:
-            asked.append((address, md5))
+        def download(address: str, folder: Path, sha256: str) -> None:
+            asked.append((address, sha256))
             unpacked(folder, batches)
 
         monkeypatch.setattr(data, "_download", download)
         assert len(image_set("cifar10", "test")) == len(image_set("cifar10", "test")) == 10_000
-        assert asked == [(data.CIFAR_ADDRESS, data._CIFAR_MD5)]
+        assert asked == [(data.CIFAR_ADDRESS, data._CIFAR_SHA256)]
 
 
 def test_a_failed_download_says_what_to_do(tmp_path, monkeypatch) -> None:

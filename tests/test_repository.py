@@ -128,7 +128,7 @@ def test_conda_environment_is_in_step() -> None:
 # documents, make and workflows
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "SECURITY.md"])
 def test_documents_name_targets_that_exist(name: str) -> None:
     named = set(re.findall(r"(?:^|`)make ([a-z-]+)", read(name), re.MULTILINE))
     assert named
@@ -148,7 +148,7 @@ def test_make_alone_lists_every_target() -> None:
     assert set(re.findall(r"^  make ([a-z-]+) +\S", done.stdout, re.MULTILINE)) == TARGETS
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "THIRD_PARTY.md", "LICENSE"])
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "SECURITY.md", "THIRD_PARTY.md", "LICENSE"])
 def test_documents_name_files_that_exist(name: str) -> None:
     text = read(name).replace("\\", "/")
     folders = r"(?:LICENSES|book|notebooks|src|tests|tools|\.github)/[\w./*-]*+(?!…)"  # an … abbreviates a name
@@ -170,7 +170,9 @@ def workflows() -> list[Path]:
 
 
 def test_workflows_are_there() -> None:
-    assert workflows()
+    assert [path.name for path in workflows()] == ["book.yml", "weekly.yml"]
+    weekly = (ROOT / ".github" / "workflows" / "weekly.yml").read_text(encoding="utf-8")
+    assert re.findall("run: make (.+)", weekly) == ["test-lowest", "test-newest", "audit"]
 
 
 @pytest.mark.parametrize("path", workflows(), ids=lambda path: path.name)
@@ -188,7 +190,7 @@ def test_workflow(path: Path) -> None:
         assert set(extra) <= ({"pages", "id-token"} if name == "publish" else set())
         assert "timeout-minutes" in job
         for step in job["steps"]:
-            assert step.get("run", "make test") in {"bash .ci/run", "make book", "make test"}
+            assert step.get("run", "make test") in {"bash .ci/run", *(f"make {target}" for target in TARGETS)}
     allowed = Requirement("python" + PROJECT["requires-python"]).specifier
     versions = re.findall(r'"(3\.\d+)"', text)
     assert versions and all(allowed.contains(version) for version in versions)
@@ -395,6 +397,23 @@ def test_set_up_installs_once_and_goes_on_after_an_interruption(clone: Path) -> 
     asked = log.read_text().splitlines()
     assert len(asked) == 3
     assert "--no-deps --index-url https://example.org/cpu -c constraints.txt torch torchvision" in asked[1]
+
+
+@needs_make
+def test_the_newest_versions_have_an_environment_of_their_own_and_no_constraints(clone: Path) -> None:
+    """Then all tests but those of the built pages run, and the notebooks, whose outputs may differ."""
+    log, fail = clone / "log", clone / "fail"
+    (clone / ".venv-newest" / "bin").mkdir(parents=True)
+    script(
+        clone / ".venv-newest" / "bin" / "python",
+        FAKE_VENV_PYTHON.format(log=log, fail=fail).replace("*pip*install*)", "*pip*install*|*pytest*)"),
+    )
+    assert make(clone, "test-newest").returncode == 0
+    asked = log.read_text().splitlines()
+    assert asked[1].endswith("-c /dev/null -e .[book,test]")
+    assert asked[2] == "-m pytest tests --ignore=tests/pages"
+    assert asked[3].startswith("-m pytest --nbval-lax ") and asked[3].endswith(" notebooks")
+    assert not (clone / ".venv").exists()
 
 
 @needs_make

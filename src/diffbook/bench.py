@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ class Ours:
         return predicted
 
 
-class Peer:
+class Peer(ABC):
     """A library's network and loss, with the optimizer step that its examples have."""
 
     network: nn.Module
@@ -79,8 +80,9 @@ class Peer:
         self.build()
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=LR)
 
+    @abstractmethod
     def build(self) -> None:
-        raise NotImplementedError
+        """Set ``network``, ``loss`` and ``average``."""
 
     def step(self, x_0: Tensor) -> None:
         with torch.autocast(self.device.type, torch.bfloat16, self.bfloat16):

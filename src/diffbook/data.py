@@ -74,7 +74,7 @@ _SUBSET = {
 }
 CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CIFAR_ADDRESS = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
-_CIFAR_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"  # as its authors' page gives it
+_CIFAR_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
 _CIFAR_FILES = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "test": ["test_batch.bin"]}
 EMOJI_STYLES = ("noto", "twemoji", "fluent")
 EMOJI_TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
@@ -273,7 +273,7 @@ def cifar10(split: str = "train", root: str | Path | None = None, download: bool
         if content is not None:
             return _read_cifar(content)
     if root is None and download:
-        _download(CIFAR_ADDRESS, cache, _CIFAR_MD5)
+        _download(CIFAR_ADDRESS, cache, _CIFAR_SHA256)
         content = _cifar_content(cache, _CIFAR_FILES[split])
         assert content is not None
         return _read_cifar(content)
@@ -463,11 +463,16 @@ def _download_fashion(folder: Path) -> None:
         raise DataError(f"Fashion-MNIST could not be downloaded ({reason}). {_HOW_TO_GET}") from error
 
 
-def _download(address: str, folder: Path, md5: str) -> None:
+def _download(address: str, folder: Path, sha256: str) -> None:
+    """Fetch a file into a folder; what is not the expected one is deleted again."""
     from torchvision.datasets.utils import download_url
 
+    path = folder / address.rpartition("/")[2]
     try:
-        download_url(address, str(folder), md5=md5)
+        download_url(address, str(folder))
+        if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+            path.unlink()
+            raise OSError("what came is not the expected file")
     except (OSError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(
@@ -480,7 +485,7 @@ def _cifar_content(folder: Path, names: list[str]) -> list[tuple[Path, bytes]] |
     archive = folder / CIFAR_ADDRESS.rpartition("/")[2]
     if archive.is_file():
         content = archive.read_bytes()
-        if hashlib.md5(content, usedforsecurity=False).hexdigest() != _CIFAR_MD5:
+        if hashlib.sha256(content).hexdigest() != _CIFAR_SHA256:
             raise DataError(f"{archive} is not the expected file (wrong checksum): delete it and get {CIFAR_ADDRESS}")
         with tarfile.open(fileobj=io.BytesIO(content)) as tar:
             members = [tar.extractfile(f"cifar-10-batches-bin/{name}") for name in names]

@@ -218,7 +218,7 @@ class _NothingDrawn(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is nn.init.normal_:
             return kwargs["tensor"]
-        if func is torch.Tensor.__rmul__:
+        if func in (torch.Tensor.mul, torch.Tensor.__rmul__):
             return args[0]
         return torch.empty(*args) if func is torch.randn else func(*args, **(kwargs or {}))
 
