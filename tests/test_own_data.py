@@ -109,6 +109,19 @@ class TestCifar:
         assert asked == [(data.CIFAR_ADDRESS, data._CIFAR_SHA256)]
 
 
+def test_what_was_downloaded_is_compared(tmp_path, monkeypatch) -> None:
+    """What is not the expected file is deleted: the next attempt starts anew."""
+    import torchvision.datasets.utils as utils
+
+    monkeypatch.undo()  # the real function, with a network in its place
+    monkeypatch.setattr(utils, "download_url", lambda address, root: Path(root, "f.tar.gz").write_bytes(b"content"))
+    with pytest.raises(DataError, match=r"could not be downloaded \(what came is not the expected file\)"):
+        data._download("https://example.org/f.tar.gz", tmp_path, hashlib.sha256(b"other").hexdigest())
+    assert not list(tmp_path.iterdir())
+    data._download("https://example.org/f.tar.gz", tmp_path, hashlib.sha256(b"content").hexdigest())
+    assert (tmp_path / "f.tar.gz").read_bytes() == b"content"
+
+
 def test_a_failed_download_says_what_to_do(tmp_path, monkeypatch) -> None:
     import torchvision.datasets.utils as utils
 
