@@ -1,162 +1,221 @@
-"""Our models in diffusers: its schedulers draw the same images as our samplers."""
+"""Our models in diffusers: the same outputs, tables and images."""
 
 from __future__ import annotations
 
-import json
+import os
+import re
+import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from torch import nn
 
+from diffbook import exchange
 from diffbook.cli import main
-from diffbook.exchange import DiffusersNetwork, save, scheduler, to_diffusers
-from diffbook.recipes import RECIPES, Diffusion, Unconditional
-from diffbook.sampling import as_eps, ddim_sample, ddpm_sample, dpmpp_2m_sample, guided
-from diffbook.weights import load_model, write_tensors
+from diffbook.exchange import ExchangeError, scheduler, to_diffusers, to_unet2d
+from diffbook.recipes import RECIPES, Diffusion, find_recipe
+from diffbook.sampling import as_eps, ddim_sample, ddpm_sample, dpmpp_2m_sample, guided, trailing_timesteps
+from diffbook.unet import LiteUNet, UNet
+from diffbook.weights import load_model
 
-S = 20
-LABELS = torch.tensor([0, 7, 9])
+diffusers = pytest.importorskip("diffusers")
+
+PAGE = Path(__file__).parents[1] / "book" / "other-programs.md"
+
+
+def randomized(network: UNet) -> UNet:
+    """No parameter is 0 or 1 any more: a part that is lost or exchanged is noticed."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.normal_(0, 0.1)
+    return network.eval()
+
+
+EXPRESSIBLE: dict[str, dict[str, Any]] = {
+    "the paper's": {"channels": 3, "widths": (128, 256, 256), "blocks": 2, "attention": (1,), "dropout": 0.1},
+    "classes": {"channels": 1, "widths": (128, 128), "blocks": 1, "attention": (0,), "classes": 10},
+    "heads": {"channels": 2, "widths": (128, 256), "blocks": 1, "attention": (1,), "heads": 4},
+    "one level": {"channels": 1, "widths": (128,), "blocks": 3, "attention": ()},
+}
+
+
+@pytest.mark.parametrize("options", EXPRESSIBLE.values(), ids=EXPRESSIBLE)
+def test_unet2d_has_the_same_outputs(options: dict[str, Any]) -> None:
+    """At our t and their t - 1, for times from 1 to T; and not at the same number."""
+    network = randomized(UNet(**options))
+    theirs = to_unet2d(network, 16)
+    assert isinstance(theirs, diffusers.UNet2DModel) and not theirs.training
+    x, t = torch.randn(4, options["channels"], 16, 16), torch.tensor([1, 2, 437, 1000])
+    y = None if network.classes is None else torch.tensor([0, 3, 9, 10])
+    with torch.no_grad():
+        ours, same = network(x, t, y), theirs(x, t - 1, y).sample
+        shifted = theirs(x, t, y).sample
+    assert (ours - same).abs().max() <= 2e-4 * ours.abs().max()
+    assert (ours - shifted).abs().max() > 1e-3 * ours.abs().max()
+    assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in network.parameters())
+    assert theirs.config.dropout == options.get("dropout", 0.0)
+
+
+@pytest.mark.parametrize(
+    "network, reason",
+    [
+        (LiteUNet(1, (8, 16), patch=2), "a LiteUNet is built differently"),
+        (UNet(1, (128, 128), patch=2), "patch=2"),
+        (UNet(1, (32, 64)), r"this network has \[8, 16"),
+        (UNet(1, (128, 256), attention=(0, 1), heads=2), r"heads of one width, this network has \[64, 128\]"),
+    ],
+    ids=["lite", "patch", "groups", "heads"],
+)
+def test_what_unet2d_has_not_is_named(network: UNet, reason: str) -> None:
+    with pytest.raises(ExchangeError, match=reason):
+        to_unet2d(network, 28)
+
+
+def test_which_recipe_becomes_what() -> None:
+    """What the page says: the paper's network becomes a UNet2DModel, the other pixel models are wrapped."""
+    kinds = {}
+    for name, recipe in RECIPES.items():
+        if isinstance(recipe, Diffusion) and not recipe.autoencoder and name != "cifar10-gpu":
+            kinds[name] = type(to_diffusers(recipe.build(), recipe)).__name__
+    assert kinds == dict.fromkeys(("fashion-cpu", "fashion-gpu", "fashion-smoke"), "WrappedUNet")
+    with torch.device("meta"):
+        assert exchange._shape(find_recipe("cifar10-gpu").build())["groups"] == 32  # type: ignore[arg-type]
+    page = PAGE.read_text(encoding="utf-8")
+    assert all(f"`{name}`" in page for name in [*kinds, "cifar10-gpu"])
+
+
+@pytest.mark.parametrize("name", ["emoji-ldm", "fashion-vae", "fashion-classifier"])
+def test_other_models_are_refused(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", name, "--diffusers", "--to", str(tmp_path)]) == 1
+    assert f"only diffusion models of pixels go into diffusers; {name} is none" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+@pytest.mark.parametrize("kind", ["DDPMScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler"])
+def test_tables_are_equal(schedule: str, kind: str) -> None:
+    recipe = Diffusion(name="", about="", network="UNet", options={}, images=1, batch=1, lr=1.0, schedule=schedule)
+    table = recipe.noise_schedule()
+    peer = scheduler(recipe, kind)
+    torch.testing.assert_close(peer.betas.double(), table.beta[1:], rtol=1e-6, atol=1e-9)
+    # their product is in float32
+    torch.testing.assert_close(peer.alphas_cumprod.double(), table.alpha_bar[1:], rtol=1e-3, atol=1e-9)
+    assert peer.config.prediction_type == "v_prediction" and peer.config.timestep_spacing == "trailing"
+    with pytest.raises(ExchangeError, match="'PNDMScheduler'; there are DDPM"):
+        scheduler(recipe, "PNDMScheduler")
 
 
 @pytest.fixture(scope="module")
-def shipped() -> tuple[torch.nn.Module, Diffusion]:
+def trained() -> tuple[nn.Module, Diffusion]:
     network, recipe = load_model("fashion-cpu")
-    assert isinstance(recipe, Diffusion)
+    assert isinstance(recipe, Diffusion) and recipe.predicts == "v" and recipe.schedule == "cosine"
     return network, recipe
 
 
-def walk(
-    model: DiffusersNetwork, steps: Any, x: torch.Tensor, y: torch.Tensor | None, noise: bool = False
-) -> torch.Tensor:
-    """How people use diffusers: set the times, then step by step."""
-    steps.set_timesteps(S)
-    generator = torch.Generator().manual_seed(0)
-    for t in steps.timesteps:
-        predicted = model(x, t, class_labels=y).sample
-        options: dict[str, Any] = {"generator": generator} if noise else {}
-        if isinstance(steps, DDIMScheduler):
-            options["use_clipped_model_output"] = True  # ours is consistent: after clipping ε follows from x̂_0
-        x = steps.step(predicted, t, x, **options).prev_sample
+STEPS, LABELS = 10, torch.tensor([0, 1, 7, 9])
+
+
+@torch.no_grad()
+def drawn_by_theirs(model: Any, peer: Any, x: torch.Tensor, **options: Any) -> torch.Tensor:
+    peer.set_timesteps(STEPS)
+    for t in peer.timesteps:
+        x = peer.step(model(x, t, class_labels=LABELS).sample, t, x, **options).prev_sample
     return x
 
 
-@torch.no_grad()
-def test_ddim_draws_the_same_images(shipped: tuple[torch.nn.Module, Diffusion]) -> None:
-    """v-prediction, the cosine schedule, clipping, labels; times from T in equal steps."""
-    network, recipe = shipped
-    schedule, x_T = recipe.noise_schedule(), torch.randn(3, 1, 28, 28, generator=torch.Generator().manual_seed(1))
-    theirs = walk(to_diffusers(network, recipe), scheduler(recipe, "ddim"), x_T, LABELS)
-    eps = as_eps(guided(network, LABELS, 1.0), schedule, recipe.predicts)
-    times = list(range(recipe.T, 0, -recipe.T // S))
-    ours = ddim_sample(eps, x_T, schedule, times, clip=1.0)
-    assert (theirs - ours).abs().max() < 1e-3
-    shifted = ddim_sample(eps, x_T, schedule, [t - 1 for t in times], clip=1.0)
-    assert (theirs - shifted).abs().max() > 5e-3  # a time that is wrong by one would be noticed
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside diffusers
+@pytest.mark.parametrize("kind", ["DDIMScheduler", "DPMSolverMultistepScheduler"])
+def test_their_loop_draws_our_images(kind: str, trained: tuple[nn.Module, Diffusion]) -> None:
+    network, recipe = trained
+    x_T = torch.randn(4, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    denoiser = as_eps(guided(network, LABELS), recipe.noise_schedule())
+    sample = ddim_sample if kind == "DDIMScheduler" else dpmpp_2m_sample
+    # in float64: ours goes from v to ε and from there to x_0, which costs digits where ᾱ_t is 1e-9
+    ours = sample(denoiser, x_T.double(), recipe.noise_schedule(), trailing_timesteps(recipe.T, STEPS))
+    theirs = drawn_by_theirs(to_diffusers(network, recipe), scheduler(recipe, kind), x_T)
+    assert (ours - theirs).abs().max() <= 1e-4
+    assert ours.std() > 0.3, "pictures, not a grey plane"
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("predicts", ["eps", "v", "x_0"])
-def test_every_parameterization(predicts: str) -> None:
-    """DDPM at all T steps has no grid: the same noise, the same images."""
-    recipe = replace(RECIPES["fashion-smoke"], predicts=predicts, T=S, schedule="cosine")
-    assert isinstance(recipe, Diffusion)
-    network = recipe.build().eval()
+def test_their_ancestral_loop_draws_our_images(
+    trained: tuple[nn.Module, Diffusion], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, recipe = trained
+    g = torch.Generator().manual_seed(0)
+    x_T, noise = torch.randn(4, 1, 28, 28, generator=g), torch.randn(STEPS, 4, 1, 28, 28, generator=g)
+    denoiser = as_eps(guided(network, LABELS), recipe.noise_schedule())
+    times = trailing_timesteps(recipe.T, STEPS)
+    ours = ddpm_sample(denoiser, x_T, recipe.noise_schedule(), times, clip=1.0, noise=noise)
+    replayed = iter([*noise[:-1], torch.zeros_like(x_T)])  # their last step adds noise unless it starts at index 0
+    monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *a, **k: next(replayed))
+    peer = scheduler(recipe, "DDPMScheduler", clip_sample=True)
+    theirs = drawn_by_theirs(to_diffusers(network, recipe), peer, x_T)
+    assert (ours - theirs).abs().max() <= 1e-3
+
+
+def test_an_exported_wrapper_is_read_again(tmp_path: Path, trained: tuple[nn.Module, Diffusion]) -> None:
+    network, _ = trained
+    assert main(["export", "fashion-cpu", "--diffusers", "--to", str(tmp_path)]) == 0
+    files = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert files == {
+        "README.md",
+        "scheduler/scheduler_config.json",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+    }
+    model = exchange.wrapper().from_pretrained(tmp_path, subfolder="unet")
+    peer = diffusers.DDIMScheduler.from_pretrained(tmp_path, subfolder="scheduler")
+    assert peer.config.prediction_type == "v_prediction" and peer.config.beta_schedule == "squaredcos_cap_v2"
+    x, y = torch.randn(2, 1, 28, 28), torch.tensor([3, 4])
     with torch.no_grad():
-        network.head[-1].weight.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
-    x_T = torch.randn(3, 1, 28, 28, generator=torch.Generator().manual_seed(1))
-    model, steps = to_diffusers(network, recipe), scheduler(recipe, "ddpm")
-    theirs = walk(model, steps, x_T, LABELS, noise=True)
-    schedule, generator = recipe.noise_schedule(), torch.Generator().manual_seed(0)
-    noise = [torch.randn(x_T.shape, generator=generator) for _ in range(S - 1)]
-    eps = as_eps(guided(network, LABELS, 1.0), schedule, predicts)
-    noise = torch.stack([*noise, torch.zeros_like(x_T)])
-    ours = ddpm_sample(eps, x_T, schedule, variance="beta_tilde", clip=1.0, noise=noise)
-    assert (theirs - ours).abs().max() < 1e-3
+        for timestep in (499, torch.tensor(499), torch.tensor([499, 499])):
+            ours = network(x, torch.tensor([500, 500]), y)
+            torch.testing.assert_close(model(x, timestep, y).sample, ours, rtol=1e-4, atol=1e-4)
+        (null,) = model(x, 499, return_dict=False)
+        torch.testing.assert_close(null, network(x, torch.tensor([500, 500])), rtol=1e-4, atol=1e-4)
 
 
-@torch.no_grad()
-def test_dpm_solver(shipped: tuple[torch.nn.Module, Diffusion]) -> None:
-    network, recipe = shipped
-    schedule, x_T = recipe.noise_schedule(), torch.randn(3, 1, 28, 28, generator=torch.Generator().manual_seed(1))
-    theirs = walk(to_diffusers(network, recipe), scheduler(recipe, "dpmpp"), x_T, LABELS)
-    eps = as_eps(guided(network, LABELS, 1.0), schedule, recipe.predicts)
-    ours = dpmpp_2m_sample(eps, x_T, schedule, list(range(recipe.T, 0, -recipe.T // S)))
-    # diffusers' own last step differs (it stops before t = 0), hence pictures are compared, not bits
-    assert (theirs - ours).abs().mean() < 0.02
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", [name for name, recipe in RECIPES.items() if isinstance(recipe, Diffusion)])
-def test_every_diffusion_recipe_goes_through(name: str) -> None:
-    recipe = RECIPES[name]
-    assert isinstance(recipe, Diffusion)
-    small = {"widths": [32, 32], "blocks": 1, "text": 32, "attention": [1], "heads": 1}
-    recipe = replace(recipe, options=recipe.options | {k: v for k, v in small.items() if k in recipe.options})
-    network = recipe.build().eval()
-    model = to_diffusers(network, recipe)
-    shape = recipe.options.get("latent") or [recipe.options["channels"], recipe.size, recipe.size]
-    assert (model.config.in_channels, model.config.sample_size) == (shape[0], recipe.size)
-    x = torch.randn(2, *shape)
-    y = None if isinstance(recipe, Unconditional) else torch.zeros((2, 12) if "words" in recipe.options else 2).long()
-    ours = network(x, torch.tensor([3, 3])) if y is None else network(x, torch.tensor([3, 3]), y)
-    assert torch.allclose(model(x, 2, y, return_dict=False)[0], ours, atol=1e-6)
-    assert torch.allclose(model(x, torch.tensor([2, 2]), y).sample, ours, atol=1e-6)
-
-
-def test_saved_and_loaded_by_diffusers(tmp_path: Path, shipped: tuple[torch.nn.Module, Diffusion]) -> None:
-    network, recipe = shipped
-    files = {path.name for path in save(network, recipe, tmp_path)}
-    assert files == {"config.json", "diffusion_pytorch_model.safetensors", "scheduler_config.json"}
-    model = DiffusersNetwork.from_pretrained(tmp_path / "unet")
-    assert all(torch.equal(v, network.state_dict()[k]) for k, v in model.network.state_dict().items())
-    steps = DDIMScheduler.from_pretrained(tmp_path / "scheduler")
-    assert torch.allclose(steps.alphas_cumprod.double(), recipe.noise_schedule().alpha_bar[1:], atol=1e-6)
-    x = torch.randn(1, 1, 28, 28, generator=torch.Generator().manual_seed(1))
-    first = walk(to_diffusers(network, recipe), scheduler(recipe), x, LABELS[:1])
-    assert torch.allclose(walk(model, steps, x, LABELS[:1]), first, atol=1e-5)
-
-
-def test_a_pipeline_of_diffusers_draws_with_it(shipped: tuple[torch.nn.Module, Diffusion]) -> None:
-    """DDIMPipeline knows no classes: the null class."""
-    pipeline = DDIMPipeline(to_diffusers(*shipped), scheduler(shipped[1]))
-    pipeline.set_progress_bar_config(disable=True)
-    (image,) = pipeline(num_inference_steps=5, output_type="np", generator=torch.Generator().manual_seed(0)).images
-    assert image.shape == (28, 28, 1) and 0.05 < image.mean() < 0.8
-
-
-def test_why_not_as_a_unet_of_diffusers() -> None:
-    """What the page says: our groups have at least four channels, those of UNet2DModel are as many in every level."""
-    groups = {m.num_groups for m in RECIPES["fashion-gpu"].build().modules() if isinstance(m, torch.nn.GroupNorm)}
-    theirs = UNet2DModel(
-        sample_size=28,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(64, 128, 128),
-        down_block_types=("DownBlock2D",) * 3,
-        up_block_types=("UpBlock2D",) * 3,
+def test_an_exported_unet2d_is_read_again(tmp_path: Path) -> None:
+    options = {"channels": 1, "widths": [128, 128], "blocks": 1}
+    recipe = Diffusion(
+        name="small", about="of a test", network="UNet", options=options, images=1, batch=1, lr=1.0, size=16
     )
-    assert len(groups) > 1
-    assert len({m.num_groups for m in theirs.modules() if isinstance(m, torch.nn.GroupNorm)}) == 1
+    network = randomized(UNet(**options))  # type: ignore[arg-type]
+    assert exchange.export_to_diffusers(network, recipe, tmp_path)["network"] == "UNet2DModel"
+    model = diffusers.UNet2DModel.from_pretrained(tmp_path, subfolder="unet")
+    x = torch.randn(2, 1, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, 499).sample, network(x, torch.tensor([500, 500])), rtol=1e-3, atol=1e-3)
 
 
-def test_by_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = RECIPES["fashion-smoke"]
-    write_tensors(tmp_path / "m.safetensors", recipe.build().state_dict(), {"recipe": recipe.to_json()})
-    command = ["export", str(tmp_path / "m.safetensors"), "--diffusers", "--to", str(tmp_path / "out"), "--json"]
-    assert main(command) == 0
-    assert "unet/config.json" in json.loads(capsys.readouterr().out)["files"]
-    assert main(["export", "fashion-classifier", "--diffusers", "--to", str(tmp_path / "c")]) == 1
-    assert "is no diffusion model: diffusers has no use for it" in capsys.readouterr().err
-    monkeypatch.setitem(sys.modules, "diffbook.exchange", None)
-    monkeypatch.delattr("diffbook.exchange")
-    assert main(command) == 1
-    assert '--diffusers needs diffusers: pip install "diffbook[bench]"' in capsys.readouterr().err
+def test_a_pipeline_of_diffusers_draws_with_our_model(trained: tuple[nn.Module, Diffusion]) -> None:
+    network, recipe = trained
+    pipeline = diffusers.DDIMPipeline(to_diffusers(network, recipe), scheduler(recipe, clip_sample=True))
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(2, torch.Generator().manual_seed(0), num_inference_steps=5, output_type="np").images
+    assert images.shape == (2, 28, 28, 1) and images.std() > 0.1
 
 
-def test_what_is_unknown(shipped: tuple[torch.nn.Module, Diffusion]) -> None:
-    with pytest.raises(ValueError, match="unknown scheduler 'euler'; there are ddpm, ddim, dpmpp"):
-        scheduler(shipped[1], "euler")
+def test_without_diffusers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    assert main(["export", "fashion-cpu", "--diffusers", "--to", str(tmp_path)]) == 1
+    assert "pip install 'diffbook[hub]'" in capsys.readouterr().err
+
+
+def test_the_code_on_the_page_runs(tmp_path: Path) -> None:
+    """All blocks of Python, in one program, in an empty folder, after the commands that the page names."""
+    page = PAGE.read_text(encoding="utf-8")
+    (command,) = re.findall(r"^diffbook (export .+ --diffusers .+)$", page, re.MULTILINE)
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) >= 2
+    environment = os.environ | {"PYTHONWARNINGS": "ignore"}
+    for arguments in (["-m", "diffbook.cli", *command.split()], ["-c", "\n".join(blocks)]):
+        done = subprocess.run(
+            [sys.executable, *arguments], cwd=tmp_path, capture_output=True, text=True, env=environment
+        )
+        assert done.returncode == 0, done.stderr
+    assert list(tmp_path.glob("*.png"))

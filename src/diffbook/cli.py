@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import diffbook
+from diffbook import exchange
 from diffbook.autoencoder import VAE, SpatialVAE
 from diffbook.classifier import CaptionMatcher, Classifier
 from diffbook.composition import compare, distractors, rank, share
@@ -523,7 +524,7 @@ def export(options: argparse.Namespace) -> dict[str, object]:
     source = source_of(options.name)
     network, recipe = load_model(source)
     if options.diffusers:
-        return _export_to_diffusers(network, recipe, options.to)
+        return exchange.export_to_diffusers(network, recipe, options.to)
     _, about = read_tensors(source)
     if size := folder_size(recipe.data):  # where somebody's images lie is nobody's business
         recipe = replace(recipe, data=f"folder:{size}:{Path(recipe.data.split(':', 2)[2]).name}")
@@ -542,15 +543,6 @@ def export(options: argparse.Namespace) -> dict[str, object]:
     write_tensors(path, {k: v.half() for k, v in network.state_dict().items()}, {"recipe": recipe.to_json()})
     write_atomically(path.with_suffix(".json"), (json.dumps(card, indent=1, sort_keys=True) + "\n").encode())
     return {"name": recipe.name, "file": str(path), "bytes": path.stat().st_size}
-
-
-def _export_to_diffusers(network: torch.nn.Module, recipe: Recipe, folder: Path) -> dict[str, object]:
-    try:
-        from diffbook import exchange
-    except ImportError as error:
-        raise ValueError('--diffusers needs diffusers: pip install "diffbook[bench]"') from error
-    files = exchange.save(network, recipe, folder)
-    return {"name": recipe.name, "folder": str(folder), "files": [str(path.relative_to(folder)) for path in files]}
 
 
 def bench(options: argparse.Namespace) -> dict[str, object]:
@@ -681,7 +673,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--dry-run", action="store_true", help="train nothing; say what it would cost")
     p.set_defaults(command=train_model)
 
-    model = "a model that comes with the package, a file, or the folder of a run"
+    model = "a model that comes with the package, a file, the folder of a run or an export, or hf:OWNER/NAME"
     drawing = argparse.ArgumentParser(add_help=False)
     drawing.add_argument("name", metavar="NAME", help=model)
     drawing.add_argument("--sampler", choices=SAMPLERS, default="ddim", help="default: ddim")
