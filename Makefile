@@ -5,7 +5,7 @@
 #   make book PYTHON=python3.12                   another Python (only asked when .venv is made)
 #   make book TORCH_INDEX=https://download.pytorch.org/whl/cpu    a torch without CUDA, several GB smaller
 #   make test ONLY=pages                          one step of `make test`
-#   make notebooks FILES=notebooks/02_*.ipynb     only these notebooks (also for measure)
+#   make notebooks FILES=notebooks/02_*.ipynb     only these notebooks (also for measure; for audit, lists of versions)
 
 PYTHON ?= python3
 TORCH_INDEX ?=
@@ -13,13 +13,13 @@ ONLY ?=
 FILES ?=
 URL ?=
 PY := .venv/bin/python
-NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=600
 # the tests that need the extra `book`, which .venv-lowest does not have
-NEED_BOOK_TOOLS := pages test_book_extensions.py test_nbval_figures.py test_notebooks.py test_repository.py test_tools.py
+NEED_BOOK_TOOLS := pages test_book_extensions.py test_mutants.py test_nbval_figures.py test_notebooks.py \
+	test_proofs_page.py test_repository.py test_tools.py
 
 export PYTHON TORCH_INDEX
-# The environment is .venv alone.
-unexport PYTHONPATH PYTHONHOME
+# The environment is .venv alone, and what it holds is said here alone.
+unexport PYTHONPATH PYTHONHOME VENV CONSTRAINTS EXTRAS PACKAGES UPGRADE
 
 .DEFAULT_GOAL := help
 .PHONY: help env book test notebooks lab measure mutants browser address constraints test-lowest test-newest audit clean
@@ -62,13 +62,14 @@ test-lowest: ## run the package's tests with the oldest versions that pyproject.
 	@VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt EXTRAS=test sh tools/make_env.sh
 	@.venv-lowest/bin/python -m pytest tests $(addprefix --ignore=tests/,$(NEED_BOOK_TOOLS))
 
-test-newest: ## run tests and notebooks with the newest versions there are; outputs may differ, errors may not
-	@VENV=.venv-newest CONSTRAINTS=/dev/null EXTRAS=book,test sh tools/make_env.sh
+test-newest: ## run tests and notebooks with the newest versions that pyproject.toml allows; outputs may differ
+	@VENV=.venv-newest CONSTRAINTS=/dev/null UPGRADE=yes sh tools/make_env.sh
 	@.venv-newest/bin/python -m pytest tests --ignore=tests/pages
-	@.venv-newest/bin/python -m pytest $(NBVAL) notebooks
+	@.venv-newest/bin/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=300 notebooks
 
-audit: ## ask whether weaknesses are known of anything that constraints.txt names; needs the network
-	@$(PYTHON) tools/audit.py
+audit: ## look the versions in constraints.txt up among the published advisories
+	@VENV=.venv-audit PACKAGES=pip-audit==2.10.1 sh tools/make_env.sh
+	@.venv-audit/bin/python tools/audit.py $(FILES)
 
 clean: ## remove what was built; .venv stays
 	@rm -rf _build build dist .cache .pytest_cache .ruff_cache .mypy_cache .hypothesis

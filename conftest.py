@@ -26,7 +26,7 @@ _FRAME = re.compile(r"data:image/png;base64,((?:[A-Za-z0-9+/=]|\\?\n)+)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("nbval", False):
+    if config.getoption("nbval", False) or config.getoption("nbval_lax", False):
         from run_notebooks import prepare_environment
 
         prepare_environment()

@@ -6,6 +6,7 @@ import itertools
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -75,7 +76,7 @@ def test_a_step_trains_and_averages(kind: type[Any]) -> None:
 def test_compare_and_its_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """The numbers belong together; what is not installed is named, and loudly."""
     monkeypatch.setattr(bench, "MODULES", {"diffusers": "diffusers", "denoising-diffusion-pytorch": "no_such_module"})
-    monkeypatch.setattr(bench, "peak_memory", lambda name, *_: {"diffbook": 100.4, "diffusers": 200.0}[name])
+    monkeypatch.setattr(bench, "peak_memory", lambda name, *_: {"diffbook": 100, "diffusers": None}[name])
     monkeypatch.setattr(bench, "MATRIX", 64)
     assert main(["bench", "--rounds", "2", "--batch", "2", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
@@ -85,9 +86,36 @@ def test_compare_and_its_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert ours["share_of_peak"] == pytest.approx(ours["gigaflops"] / result["peak_gigaflops"], rel=0.02)
     assert ours["peak_mebibytes"] == 100 and result["missing"] == ["denoising-diffusion-pytorch"]
     assert set(result["overhead"]) == {"DDPM", "DDIM", "DPM-Solver++(2M)"}
+    assert theirs["peak_mebibytes"] is None
     text = bench.table(result)
-    assert 'NOT MEASURED: denoising-diffusion-pytorch is not installed; pip install "diffbook[bench]"' in text
+    assert [line.split()[-1] for line in text.splitlines() if line.startswith("diff")][:2] == ["100", "?"]
+    assert 'NOT MEASURED: denoising-diffusion-pytorch cannot be imported; pip install "diffbook[bench]"' in text
     assert f"diffusers {result['overhead']['DDIM']['diffusers']:g}" in text and "medians of 2 rounds" in text
+
+
+def test_a_library_that_is_there_in_part_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that was installed without what it needs."""
+    (tmp_path / "half_of_it.py").write_text("import no_such_module\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(bench, "MODULES", {"diffusers": "diffusers", "denoising-diffusion-pytorch": "half_of_it"})
+    assert present() == (["diffbook", "diffusers"], ["denoising-diffusion-pytorch"])
+
+
+def test_memory_is_unknown_where_nothing_tells_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "STATUS", tmp_path / "none")
+    assert bench.peak_memory("diffbook", CPU, 2, False) is None
+
+
+def test_what_the_machine_cannot_do_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def without_compiler(*arguments: object) -> None:
+        raise RuntimeError("no C++ compiler was found\nand a long trace")
+
+    monkeypatch.setattr(bench, "compile_network", lambda network: setattr(network, "forward", without_compiler))
+    assert main(["bench", "--compile", "--rounds", "1", "--batch", "1"]) == 1
+    error = capsys.readouterr().err
+    assert "this machine cannot do that (no C++ compiler was found); try" in error and error.count("\n") == 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory from /proc")
@@ -125,7 +153,10 @@ def test_each_trick_is_switched_off() -> None:
     _, step = trick(bench._optimizer_tensor_by_tensor)
     assert "aten::_fused_adamw_" not in kernels(step)
     state, step = trick(bench._in_bfloat16)
-    assert state.autocast and "aten::to" in kernels(step)
+    assert state.autocast and state.network.middle[0].conv1.weight.is_contiguous()  # the faster layout for it on a CPU
+    assert "aten::_to_copy" in kernels(step)
+    assert Ours(CPU, False).network.middle[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    assert Ours(CPU, True).network.middle[0].conv1.weight.is_contiguous()
 
 
 def test_variants_compute_the_same_step() -> None:

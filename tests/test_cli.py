@@ -52,10 +52,10 @@ def test_bad_input_is_one_line_and_exit_1(arguments, words, capsys):
 def test_no_network_and_no_data(capsys, monkeypatch, tmp_path):
     import diffbook.data
 
-    def offline(root, download):
+    def offline(*arguments, **keywords):
         raise OSError("Network is unreachable")
 
-    monkeypatch.setattr("torchvision.datasets.FashionMNIST", offline)
+    monkeypatch.setattr("torch.hub.download_url_to_file", offline)
     monkeypatch.setattr(diffbook.data, "DEBIAN_FOLDER", tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("DIFFBOOK_DATA", raising=False)

@@ -1,9 +1,14 @@
 """Data sets: what is in them, where they are looked for, and what damaged or missing files lead to."""
 
+import email.message
 import gzip
+import hashlib
+import io
 import lzma
 import math
+import re
 import shutil
+import urllib.error
 from pathlib import Path
 
 import pytest
@@ -126,29 +131,85 @@ def test_looks_in_each_place(small, tmp_path, monkeypatch):
     assert len(fashion_mnist("test", download=False)) == 1000
 
 
-def test_downloads_through_torchvision_into_the_cache(small, tmp_path, monkeypatch):
-    import torchvision.datasets
+def test_downloads_from_the_authors_into_the_cache(small, tmp_path, monkeypatch):
+    asked = []
 
-    def download(root, download):
-        assert download
-        put(small, Path(root) / "FashionMNIST" / "raw", ".gz")
+    def download(address, path, hash_prefix):
+        asked.append((address, hash_prefix))
+        put([Path(path).name.removesuffix(".gz")], Path(path).parent, ".gz")
 
-    monkeypatch.setattr(torchvision.datasets, "FashionMNIST", download)
-    assert len(fashion_mnist("test")) == 1000
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    monkeypatch.setattr(data, "_FASHION_GZ", dict.fromkeys(small, "the checksum"))
+    assert len(fashion_mnist("test")) == len(fashion_mnist("test")) == 1000
+    assert asked == [(f"{data.FASHION_ADDRESS}/{name}.gz", "the checksum") for name in small]
     assert (tmp_path / "cache" / "diffbook" / "FashionMNIST" / "raw").is_dir()
 
 
+def test_every_file_has_its_address_and_checksum():
+    assert set(data._FASHION_GZ) == {name for files in data._FASHION.values() for name, _ in files}
+    for sha256 in [*data._FASHION_GZ.values(), data._CIFAR_SHA256]:
+        assert re.fullmatch("[0-9a-f]{64}", sha256)
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """What the network answers, whatever is asked."""
+    answers = {}
+
+    class Answer(io.BytesIO):
+        headers = email.message.Message()
+
+        def info(self):
+            return self.headers
+
+    monkeypatch.setattr(torch.hub, "urlopen", lambda request: Answer(answers["content"]))
+    return answers
+
+
+def test_a_download_is_there_in_full_or_not_at_all(served, tmp_path, capsys):
+    served["content"] = b"some content"
+    folder, address = tmp_path / "a" / "b", "https://example.org/file.gz"
+    with pytest.raises(DataError, match="invalid hash value") as caught:
+        data._download(address, folder, "0" * 64)
+    assert f"put it into {folder}" in str(caught.value) and "\n" not in str(caught.value)
+    assert list(folder.iterdir()) == []
+    data._download(address, folder, hashlib.sha256(b"some content").hexdigest())
+    assert [(p.name, p.read_bytes()) for p in folder.iterdir()] == [("file.gz", b"some content")]
+
+
+def test_a_download_needs_https(served, tmp_path):
+    with pytest.raises(ValueError, match="needs https, got http://"):
+        data._download("http://example.org/file.gz", tmp_path, "0" * 64)
+
+
 def test_no_network_and_no_data_says_what_to_do(small, monkeypatch):
-    import torchvision.datasets
+    def offline(*arguments, **keywords):
+        raise urllib.error.URLError("no route to host\nmore lines")
 
-    def offline(root, download):
-        raise RuntimeError("Error downloading t10k-images-idx3-ubyte.gz\nmore lines")
-
-    monkeypatch.setattr(torchvision.datasets, "FashionMNIST", offline)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    monkeypatch.setattr(data, "_FASHION_GZ", dict.fromkeys(small, ""))
     for arguments in ({}, {"download": False}):
         with pytest.raises(DataError, match="dataset-fashion-mnist") as caught:
             fashion_mnist("test", **arguments)
         assert "\n" not in str(caught.value) and "fashion_subset()" in str(caught.value)
+
+
+@pytest.mark.parametrize("form, opened", [(".gz", gzip.open), (".xz", lzma.open)])
+def test_a_file_that_unpacks_to_far_too_much(small, tmp_path, monkeypatch, form, opened):
+    """It is read no further than the largest file of the data set."""
+    put(small, tmp_path)
+    image_file = next(tmp_path.glob("*images*"))
+    image_file.unlink()
+    with opened(image_file.with_suffix(form), "wb") as file:
+        for _ in range(20):
+            file.write(bytes(2**20))
+    monkeypatch.setattr(data, "_IDX_BYTES", 2**20)
+    hashed = []
+    real = hashlib.sha256
+    monkeypatch.setattr(data.hashlib, "sha256", lambda raw: hashed.append(len(raw)) or real(raw))
+    with pytest.raises(DataError, match="wrong checksum"):
+        fashion_mnist("test", root=tmp_path)
+    assert max(hashed) == 2**20
 
 
 def test_a_missing_file_in_a_named_folder(small, tmp_path):

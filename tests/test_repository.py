@@ -10,9 +10,12 @@ import stat
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
 
+import check_notebooks
+import freeze
 import pytest
 import yaml
 from packaging.requirements import Requirement
@@ -98,19 +101,44 @@ def test_readme_names_the_oldest_torch_and_python() -> None:
 
 
 def test_dependencies_are_what_the_package_imports() -> None:
-    imported = set()
-    for path in (ROOT / "src" / "diffbook").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Import):
-                imported |= {alias.name.split(".")[0] for alias in node.names}
-            elif isinstance(node, ast.ImportFrom) and node.level == 0:
-                imported.add((node.module or "").split(".")[0])
-    imported -= {"diffbook", *sys.stdlib_module_names}
+    imported = {name for path in (ROOT / "src" / "diffbook").rglob("*.py") for name in imports(path)} - {"diffbook"}
     distributions = {"sklearn": "scikit-learn", "IPython": "ipython", "PIL": "pillow"}
     distributions |= {name.replace("-", "_"): name for name in ("denoising-diffusion-pytorch", "ema-pytorch")}
     optional = {r.name for r in requirements("gpu", "bench", "hub")} - {"tensorboard"}  # which torch imports, not we
     named = {r.name for r in requirements("dependencies")} | optional
     assert {distributions.get(name, name) for name in imported} == named
+
+
+def imports(path: Path) -> set[str]:
+    """The modules that a file names in an import, wherever it stands."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.add((node.module or "").split(".")[0])
+    return found - sys.stdlib_module_names
+
+
+def test_tests_for_the_oldest_versions_need_no_tools_of_the_book() -> None:
+    """`.venv-lowest` holds the extra test alone: what tests import, and what the tools they import do, is in it."""
+    left_out = re.search(r"^NEED_BOOK_TOOLS := ((?:.*\\\n)*.*)$", MAKEFILE, re.MULTILINE)
+    assert left_out
+    names = left_out[1].replace("\\", "").split()
+    assert all((ROOT / "tests" / name).exists() for name in names)
+    own = {path.stem: path for folder in ("tools", "tests", "book/_ext") for path in (ROOT / folder).glob("*.py")}
+    there = {*freeze.pins("test"), "diffbook"}
+    brought = packages_distributions()
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        if path.relative_to(ROOT / "tests").parts[0] in names:
+            continue
+        needed, new = set[str](), imports(path)
+        while new:
+            needed |= new
+            new = {name for module in new & set(own) for name in imports(own[module])} - needed
+        for module in sorted(needed - set(own)):
+            found = {canonicalize_name(name) for name in brought.get(module, [])}
+            assert found & there, f"{path.name} needs {module}: name it in the Makefile's NEED_BOOK_TOOLS"
 
 
 def test_conda_environment_is_in_step() -> None:
@@ -171,8 +199,6 @@ def workflows() -> list[Path]:
 
 def test_workflows_are_there() -> None:
     assert [path.name for path in workflows()] == ["book.yml", "weekly.yml"]
-    weekly = (ROOT / ".github" / "workflows" / "weekly.yml").read_text(encoding="utf-8")
-    assert re.findall("run: make (.+)", weekly) == ["test-lowest", "test-newest", "audit"]
 
 
 @pytest.mark.parametrize("path", workflows(), ids=lambda path: path.name)
@@ -191,9 +217,34 @@ def test_workflow(path: Path) -> None:
         assert "timeout-minutes" in job
         for step in job["steps"]:
             assert step.get("run", "make test") in {"bash .ci/run", *(f"make {target}" for target in TARGETS)}
+            if step.get("uses", "").startswith("actions/checkout@"):
+                assert step["with"] == {"persist-credentials": False}
     allowed = Requirement("python" + PROJECT["requires-python"]).specifier
     versions = re.findall(r'"(3\.\d+)"', text)
     assert versions and all(allowed.contains(version) for version in versions)
+
+
+def test_an_action_has_one_version_in_all_workflows() -> None:
+    used = {action for path in workflows() for action in re.findall(r"uses: (.+)", path.read_text(encoding="utf-8"))}
+    assert len(used) == len({action.partition("@")[0] for action in used}), sorted(used)
+
+
+def test_strangers_start_only_what_may_read_alone() -> None:
+    """A pull request runs with a stranger's code: never where secrets or rights to write are (pull_request_target)."""
+    for path in workflows():
+        workflow = yaml.safe_load(path.read_text(encoding="utf-8"))
+        events, jobs = set(workflow[True]), workflow["jobs"]  # to YAML 1.1 `on` is true
+        assert events <= {"push", "pull_request", "schedule", "workflow_dispatch"}, path.name
+        for name, job in jobs.items():
+            if "permissions" in job and "pull_request" in events:
+                assert "github.event_name != 'pull_request'" in jobs[job["needs"]]["if"], name
+
+
+def test_each_week_the_limits_of_the_versions_are_tried() -> None:
+    workflow = yaml.safe_load(read(".github/workflows/weekly.yml"))
+    assert set(workflow[True]) == {"schedule", "workflow_dispatch"}
+    commands = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
+    assert sorted(commands) == ["make audit", "make test-lowest", "make test-newest"]
 
 
 # what the repository holds
@@ -259,6 +310,27 @@ def test_no_unfinished_places() -> None:
         text = re.sub(r"[A-Za-z0-9+/=]{200,}", "", path.read_text(encoding="utf-8"))  # pictures in notebooks
         for pattern in (words, place):
             found += [f"{path.relative_to(ROOT)}: {m[0]}" for m in pattern.finditer(text)]
+    assert found == []
+
+
+def test_no_secrets() -> None:
+    """Of no kind, in no text file; but tests name examples, for the rule that is tested there with planted ones."""
+    found = []
+    for path in files():
+        if path.suffix in TEXT and kind(path) != "book/_static/vendor/" and path.name != "test_notebooks.py":
+            text = check_notebooks.without_pictures(path.read_text(encoding="utf-8"))
+            found += [f"{path.relative_to(ROOT)}: {m[0]}" for m in check_notebooks.SECRET.finditer(text)]
+    assert found == []
+
+
+def test_what_is_published_names_no_folder_of_a_user() -> None:
+    """Pages, notebooks, model cards and results: they are written by programs, which know where they run."""
+    private = re.compile(r"(?<![\w.:/])(?:/(?:home|root|Users)/\w|[A-Za-z]:\\+Users)")
+    found = []
+    for path in files():
+        if path.suffix in {".md", ".json", ".ipynb", ".yml"} and kind(path) != "book/_static/vendor/":
+            text = check_notebooks.without_pictures(path.read_text(encoding="utf-8"))
+            found += [f"{path.relative_to(ROOT)}: {m[0]}" for m in private.finditer(text)]
     assert found == []
 
 
@@ -399,20 +471,58 @@ def test_set_up_installs_once_and_goes_on_after_an_interruption(clone: Path) -> 
     assert "--no-deps --index-url https://example.org/cpu -c constraints.txt torch torchvision" in asked[1]
 
 
+def played(clone: Path, venv: str) -> Path:
+    """An environment whose Python writes down all that it is asked to run, and runs nothing."""
+    (clone / venv / "bin").mkdir(parents=True)
+    script(clone / venv / "bin" / "python", f'[ "$1" = -c ] || [ "$3" = --version ] || echo "$@" >> {clone / "log"}\n')
+    return clone / "log"
+
+
 @needs_make
-def test_the_newest_versions_have_an_environment_of_their_own_and_no_constraints(clone: Path) -> None:
-    """Then all tests but those of the built pages run, and the notebooks, whose outputs may differ."""
-    log, fail = clone / "log", clone / "fail"
-    (clone / ".venv-newest" / "bin").mkdir(parents=True)
-    script(
-        clone / ".venv-newest" / "bin" / "python",
-        FAKE_VENV_PYTHON.format(log=log, fail=fail).replace("*pip*install*)", "*pip*install*|*pytest*)"),
-    )
-    assert make(clone, "test-newest").returncode == 0
-    asked = log.read_text().splitlines()
-    assert asked[1].endswith("-c /dev/null -e .[book,test]")
-    assert asked[2] == "-m pytest tests --ignore=tests/pages"
-    assert asked[3].startswith("-m pytest --nbval-lax ") and asked[3].endswith(" notebooks")
+def test_the_oldest_versions_are_tested_by_what_needs_no_tools_of_the_book(
+    clone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("VENV", "PACKAGES", "UPGRADE"):
+        monkeypatch.setenv(name, "of the user, for something else")
+    shutil.copy(ROOT / "constraints-lowest.txt", clone)
+    log = played(clone, ".venv-lowest")
+    assert make(clone, "test-lowest").returncode == 0
+    _, install, tests = log.read_text().splitlines()
+    assert install.endswith("install --quiet -c constraints-lowest.txt -e .[test]")
+    assert tests.startswith("-m pytest tests --ignore=tests/pages --ignore=tests/test_book_extensions.py")
+    log.unlink()
+    assert make(clone, "test-lowest").returncode == 0
+    assert log.read_text().splitlines() == [tests], "nothing had changed, and pip was called again"
+
+
+@needs_make
+def test_the_newest_versions_are_looked_for_each_time(clone: Path) -> None:
+    log = played(clone, ".venv-newest")
+    for _ in range(2):
+        done = make(clone, "test-newest", "TORCH_INDEX=https://example.org/cpu")
+        assert done.returncode == 0, done.stderr
+        pip, torch, install, tests, notebooks = log.read_text().splitlines()
+        assert pip.endswith("install --quiet --upgrade pip setuptools")
+        newest = "install --quiet --upgrade --upgrade-strategy eager"
+        assert f"{newest} --no-deps --index-url https://example.org/cpu -c /dev/null" in torch
+        assert install.endswith(f"{newest} -c /dev/null -e .[book,test]")
+        assert tests == "-m pytest tests --ignore=tests/pages"
+        assert "--nbval-lax" in notebooks and notebooks.endswith(" notebooks") and "sanitize" not in notebooks
+        log.unlink()
+    assert not (clone / ".venv").exists()
+
+
+@needs_make
+@pytest.mark.parametrize("status", [0, 1, 2])
+def test_the_audit_has_its_own_small_environment(clone: Path, status: int) -> None:
+    log = played(clone, ".venv-audit")
+    with open(clone / ".venv-audit" / "bin" / "python", "a") as file:
+        file.write(f'[ "$1" != tools/audit.py ] || exit {status}\n')
+    done = make(clone, "audit")
+    assert (done.returncode == 0) == (status == 0)
+    _, install, audit = log.read_text().splitlines()
+    assert re.fullmatch(r"-m pip install --quiet pip-audit==[\d.]+", install)
+    assert audit.strip() == "tools/audit.py"
     assert not (clone / ".venv").exists()
 
 

@@ -261,10 +261,10 @@ def test_a_log_forgets_what_will_be_logged_again(tmp_path: Path) -> None:
     assert read_log(log.path) == [{"images": i, "loss": loss} for i, loss in ((32, 1.5), (64, 1.5), (96, 2.5))]
 
 
-def test_the_division_of_a_batch_may_change_between_sittings(tmp_path: Path) -> None:
+def test_what_changes_the_rounding_only_may_change_between_sittings(tmp_path: Path) -> None:
     next(steps := train(SMOKE, tmp_path))
     steps.close()
-    assert next(train(replace(SMOKE, parts=2), tmp_path)).images == 64
+    assert next(train(replace(SMOKE, parts=2, channels_last=False), tmp_path)).images == 64
     with pytest.raises(TrainingError, match="batch was 32 and is 16"):
         next(train(replace(SMOKE, batch=16), tmp_path))
 

@@ -38,6 +38,16 @@ KNOWN_TAGS = {
 LEVELS = ("a step of the derivation", "a function to write", "a planted bug")
 FOLDER = r"/(?:home|root|tmp|Users|usr|opt|var|private|mnt|content)/\w|[A-Za-z]:\\+Users|site-packages"
 
+# How keys and passwords look that give access to something.
+SECRET = re.compile(
+    r"-----BEGIN [A-Z ]*PRIVATE KEY"
+    r"|\b(?:gh[pousr]_|github_pat_|glpat-|hf_|pypi-|npm_|xox[abprs]-|sk-|AIza)[A-Za-z0-9_-]{20,}"
+    r"|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"
+    r"|\beyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}"  # a signed web token
+    r"|https?://[^\s/:@\"'<>]+:[^\s/@\"'<>]+@"
+    r"|\b(?i:password|passwd|secret|token|api_?key)\\?[\"']?\s*[:=]\s*\\?[\"'][^\s\"'\\]{8,}\\?[\"']"
+)
+
 
 @dataclass(frozen=True)
 class Notebook:
@@ -125,6 +135,17 @@ def tells_nothing_of_the_machine(book: Notebook) -> Iterator[str]:
             found = re.search(rf"(?:(?<![\w.:/])|(?<=\\n)){FOLDER}.{{0,40}}", text)
             if found:
                 yield f"cell {start(cell)} names a folder of a machine: {found[0]!r}"
+
+
+def without_pictures(text: str) -> str:
+    """A file's text without what is base64, in which chance writes everything."""
+    return re.sub(r"[A-Za-z0-9+/=]{200,}", "", text)
+
+
+def holds_no_secrets(book: Notebook) -> Iterator[str]:
+    """No key, token or password anywhere in the file."""
+    for found in SECRET.finditer(without_pictures(book.text)):
+        yield f"holds what looks like a secret: {found[0][:10]}…"
 
 
 def figures_have_texts(book: Notebook) -> Iterator[str]:
@@ -306,6 +327,7 @@ RULES: tuple[Rule, ...] = (
     was_run_in_order,
     has_no_errors,
     tells_nothing_of_the_machine,
+    holds_no_secrets,
     figures_have_texts,
     ends_without_semicolon,
     is_small,

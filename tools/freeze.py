@@ -25,11 +25,11 @@ HEADER = """\
 """
 
 
-def pins() -> dict[str, str]:
-    """Name and version of everything that ``diffbook[book,test]`` leads to."""
+def pins(*extras: str) -> dict[str, str]:
+    """Name and version of everything that ``diffbook`` with these extras leads to, ``[book,test]`` if none is named."""
     found: dict[str, str] = {}
     seen: set[tuple[str, str]] = set()
-    todo = [("diffbook", extra) for extra in ("", "book", "test")]
+    todo = [("diffbook", extra) for extra in ("", *(extras or ("book", "test")))]
     while todo:
         name, extra = todo.pop()
         if (name, extra) in seen or name.startswith(OF_TORCH):

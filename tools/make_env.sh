@@ -3,6 +3,8 @@
 #   PYTHON       the Python that makes it (python3)
 #   TORCH_INDEX  a package index to take torch and torchvision from, for example one without CUDA
 #   VENV, CONSTRAINTS, EXTRAS   another environment (see `make test-lowest`)
+#   PACKAGES     these alone, without the project (see `make audit`)
+#   UPGRADE      if it is set: the newest of everything, looked for each time (see `make test-newest`)
 set -eu
 cd "$(dirname "$0")/.."
 venv=${VENV:-.venv}
@@ -12,9 +14,9 @@ python=${PYTHON:-python3}
 export PIP_USER=0 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
 
 # What the installation depends on. The [tool.…] tables at the end of pyproject.toml are not part of it.
-key=$({ pwd; echo "$extras"; sed '/^\[tool\./,$d' pyproject.toml; cat "$constraints"; } | cksum)
+key=$({ pwd; echo "$extras" "${PACKAGES:-}"; sed '/^\[tool\./,$d' pyproject.toml; cat "$constraints"; } | cksum)
 
-if [ "$(cat "$venv/.installed" 2>/dev/null)" = "$key" ] && "$venv/bin/python" -c "" 2>/dev/null; then
+if [ -z "${UPGRADE:-}" ] && [ "$(cat "$venv/.installed" 2>/dev/null)" = "$key" ] && "$venv/bin/python" -c "" 2>/dev/null; then
     exit 0
 fi
 
@@ -59,15 +61,22 @@ for package in "$venv"/lib/python*/site-packages/*.dist-info; do
     if [ -d "$package" ] && [ ! -f "$package/RECORD" ]; then rm -rf "$package"; fi
 done
 
-say "installing into $venv (the first time several GB, most of it torch)"
+if [ -z "${PACKAGES:-}" ]; then size="the first time several GB, most of it torch"; else size=$PACKAGES; fi
+say "installing into $venv ($size)"
 if [ -t 1 ]; then quiet=; else quiet=--quiet; fi
+upgrade=${UPGRADE:+--upgrade --upgrade-strategy eager}
 "$venv/bin/python" -m pip install --quiet --upgrade pip setuptools
+if [ -n "${PACKAGES:-}" ]; then
+    "$venv/bin/python" -m pip install $quiet $PACKAGES
+    printf '%s\n' "$key" >"$venv/.installed"
+    exit 0
+fi
 if [ -n "${TORCH_INDEX:-}" ]; then
     # Without dependencies: these come from the usual index with everything else.
-    "$venv/bin/python" -m pip install $quiet --no-deps --index-url "$TORCH_INDEX" -c "$constraints" \
+    "$venv/bin/python" -m pip install $quiet $upgrade --no-deps --index-url "$TORCH_INDEX" -c "$constraints" \
         torch torchvision
 fi
-"$venv/bin/python" -m pip install $quiet -c "$constraints" -e ".[$extras]"
+"$venv/bin/python" -m pip install $quiet $upgrade -c "$constraints" -e ".[$extras]"
 "$venv/bin/python" -c "import diffbook, torch"
 
 if [ "$venv" = .venv ]; then sh tools/notebook_git.sh setup; fi

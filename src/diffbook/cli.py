@@ -553,13 +553,19 @@ def bench(options: argparse.Namespace) -> dict[str, object]:
     for name in ("rounds", "batch"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(options, name)}")
-    if options.tricks:
-        result: dict[str, object] = {"tricks": bench.tricks(device, options.rounds, options.batch)}
-    else:
-        bfloat16 = options.precision == "bf16"
-        result = dict(bench.compare(device, options.rounds, options.batch, bfloat16, options.compile))
-        if "diffusers" not in bench.present()[1]:
-            result["overhead"] = bench.overhead(device, options.rounds)
+    try:
+        if options.tricks:
+            result: dict[str, object] = {"tricks": bench.tricks(device, options.rounds, options.batch)}
+        else:
+            bfloat16 = options.precision == "bf16"
+            result = dict(bench.compare(device, options.rounds, options.batch, bfloat16, options.compile))
+            if "diffusers" not in bench.present()[1]:
+                result["overhead"] = bench.overhead(device, options.rounds)
+    except RuntimeError as error:  # for example torch.compile without a compiler, or too large a batch
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"this machine cannot do that ({reason}); try another --device, --batch or no --compile"
+        ) from error
     if options.json:
         return result
     print(bench.table(result))

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -73,6 +73,14 @@ _SUBSET = {
     ),
 }
 CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+FASHION_ADDRESS = "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion"
+_FASHION_GZ = {  # sha256 of what is downloaded
+    "train-images-idx3-ubyte": "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
+    "train-labels-idx1-ubyte": "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
+    "t10k-images-idx3-ubyte": "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
+    "t10k-labels-idx1-ubyte": "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
+}
+_IDX_BYTES = 2**26  # no file of Fashion-MNIST is larger; a compressed file may claim to be
 CIFAR_ADDRESS = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 _CIFAR_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
 _CIFAR_FILES = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "test": ["test_batch.bin"]}
@@ -219,8 +227,8 @@ def fashion_mnist(split: str = "train", root: str | Path | None = None, download
 
     Looked for in ``root`` if it is given; else in the folder that the environment variable ``DIFFBOOK_DATA``
     names, in the folder of Debian's package ``dataset-fashion-mnist``, and in the cache. If it is in none of
-    them, torchvision downloads it into the cache. Files may be plain, ``.gz`` or ``.xz``; each is checked by
-    the checksum of its content.
+    them, it is downloaded from its authors' repository into the cache. Files may be plain, ``.gz`` or ``.xz``; each is
+    checked by the checksum of its content.
 
     Raises:
         ValueError: unknown split.
@@ -234,8 +242,9 @@ def fashion_mnist(split: str = "train", root: str | Path | None = None, download
     if root is not None:
         raise DataError(f"no {files[0][0]}[.gz|.xz] and {files[1][0]}[.gz|.xz] in {root}: put both files there")
     if download:
-        _download_fashion(cache_folder())
-        return _read_image_set(cache_folder() / "FashionMNIST" / "raw", files)
+        for name, _ in files:
+            _download(f"{FASHION_ADDRESS}/{name}.gz", folders[-1], _FASHION_GZ[name], _HOW_TO_GET)
+        return _read_image_set(folders[-1], files)
     raise DataError(f"Fashion-MNIST is in none of {', '.join(map(str, folders))}. {_HOW_TO_GET}")
 
 
@@ -453,31 +462,18 @@ def _fashion_folders() -> list[Path]:
     return [*([Path(named)] if named else []), DEBIAN_FOLDER, cache_folder() / "FashionMNIST" / "raw"]
 
 
-def _download_fashion(folder: Path) -> None:
-    from torchvision.datasets import FashionMNIST
-
+def _download(address: str, folder: Path, sha256: str, otherwise: str = "") -> None:
+    """Put a file into a folder: in full and with this checksum, or not at all."""
+    if not address.startswith("https://"):
+        raise ValueError(f"a download needs https, got {address}")
+    name = address.rpartition("/")[2]
     try:
-        FashionMNIST(str(folder), download=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(address, str(folder / name), hash_prefix=sha256)
     except (OSError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"Fashion-MNIST could not be downloaded ({reason}). {_HOW_TO_GET}") from error
-
-
-def _download(address: str, folder: Path, sha256: str) -> None:
-    """Fetch a file into a folder; what is not the expected one is deleted again."""
-    from torchvision.datasets.utils import download_url
-
-    path = folder / address.rpartition("/")[2]
-    try:
-        download_url(address, str(folder))
-        if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-            path.unlink()
-            raise OSError("what came is not the expected file")
-    except (OSError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(
-            f"{address} could not be downloaded ({reason}): get it by hand, and put it into {folder}"
-        ) from error
+        otherwise = otherwise or f"Get it by hand, and put it into {folder}"
+        raise DataError(f"{address} could not be downloaded ({reason}). {otherwise}") from error
 
 
 def _cifar_content(folder: Path, names: list[str]) -> list[tuple[Path, bytes]] | None:
@@ -600,9 +596,9 @@ def _read_idx(folder: Path, name: str, sha256: str) -> Tensor:
     if path is None:
         raise DataError(f"no file {name}[.gz|.xz] in {folder}. {_HOW_TO_GET}")
     try:
-        raw = path.read_bytes()
-        raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
-        raw = lzma.decompress(raw) if path.suffix == ".xz" else raw
+        opened: Any = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+        with opened(path, "rb") as file:
+            raw = file.read(_IDX_BYTES)
     except (OSError, EOFError, lzma.LZMAError) as error:
         raise DataError(f"{path} cannot be read ({error}): delete it and get it again. {_HOW_TO_GET}") from error
     if hashlib.sha256(raw).hexdigest() != sha256:

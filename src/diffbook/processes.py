@@ -58,9 +58,12 @@ class Processes:
         """Within it, gradients are only added up here: what follows will send them."""
         return contextlib.nullcontext()
 
-    def mean(self, values: Tensor) -> Tensor:
-        """The mean over all processes, the same in each."""
-        return values
+    def mean(self, values: Tensor, flags: list[bool]) -> list[float]:
+        """The means of values on the device, and of flags as 0 and 1, over all processes: the same in each.
+
+        A GPU is waited for.
+        """
+        return [*values.tolist(), *map(float, flags)]
 
     def agree(self, network: nn.Module) -> bool:
         """Whether all processes have the same weights, as far as a sum shows it."""
@@ -95,10 +98,12 @@ class Several(Processes):
         within: AbstractContextManager[None] = self.accelerator.no_sync(loss)
         return within
 
-    def mean(self, values: Tensor) -> Tensor:
-        mean = self.accelerator.reduce(values, reduction="mean")
+    def mean(self, values: Tensor, flags: list[bool]) -> list[float]:
+        told = torch.cat([values, torch.tensor(flags, dtype=values.dtype, device=values.device)])
+        mean = self.accelerator.reduce(told, reduction="mean")
         assert isinstance(mean, Tensor)
-        return mean
+        means: list[float] = mean.tolist()
+        return means
 
     def agree(self, network: nn.Module) -> bool:
         sums = torch.stack([p.detach().double().sum() for p in network.parameters()])

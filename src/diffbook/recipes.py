@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +39,9 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "CaptionMatcher": CaptionMatcher,
 }
 SCHEDULES = {"linear": linear_schedule, "cosine": cosine_schedule}
+PREDICTS = ("v", "x_0", "eps")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
+_MOST = {"T": 1_000_000, "size": 4096}  # of a recipe in a file: one that asks for more is to fill the memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +56,7 @@ class Recipe:
         clip: bound on the norm of the gradient.
         ema: highest decay of the moving average of the weights.
         parts: into how many equal parts a batch is divided, computed one after the other to save memory.
+        channels_last: keep the channels of a pixel beside each other in memory; only in bfloat16 on a CPU it is slower.
         autocast: compute the network in bfloat16, compile: with ``torch.compile``; both on a GPU only.
     """
 
@@ -69,6 +74,7 @@ class Recipe:
     ema: float = 0.999
     seed: int = 0
     parts: int = 1
+    channels_last: bool = True
     autocast: bool = False
     compile: bool = False
 
@@ -307,22 +313,44 @@ class Matching(Recipe):
         return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 
 
-def recipe_from_json(stored: dict[str, Any]) -> Recipe:
+def recipe_from_json(stored: Any) -> Recipe:
     """The recipe that :meth:`Recipe.to_json` wrote; fields that did not exist then get their defaults.
 
     Raises:
-        ValueError: an unknown kind of recipe, or an unknown or missing field.
+        ValueError: an unknown kind of recipe; an unknown or missing field; or a value that no recipe has.
     """
     known = (Diffusion, CaptionedDiffusion, Unconditional, Autoencoding, Compression, Classification, Matching)
     kinds: dict[str, type[Recipe]] = {kind.__name__: kind for kind in known}
+    if not isinstance(stored, dict):
+        raise ValueError(f"a recipe is an object of JSON, not {stored!r:.40}")
     values = dict(stored)
     kind = values.pop("kind", None)
-    if kind not in kinds:
-        raise ValueError(f"unknown kind of recipe {kind!r}")
+    if not isinstance(kind, str) or kind not in kinds:
+        raise ValueError(f"unknown kind of recipe {kind!r:.40}")
     try:
-        return kinds[kind](**values)
+        recipe = kinds[kind](**values)
     except TypeError as error:
         raise ValueError(f"not a recipe of this version of diffbook: {error}") from error
+    for name, wanted in get_type_hints(type(recipe)).items():
+        _check_type(name, getattr(recipe, name), wanted)
+    known_names: dict[str, Iterable[str]] = {"network": NETWORKS, "schedule": SCHEDULES, "predicts": PREDICTS}
+    for name, known_values in known_names.items():
+        if getattr(recipe, name, None) not in [None, *known_values]:
+            raise ValueError(f"not a recipe of this version of diffbook: {name} is {getattr(recipe, name)!r:.40}")
+    if not _NAME.fullmatch(recipe.name):  # files are called by it
+        raise ValueError(f"a recipe's name has letters, digits, '.', '_', '+' and '-', this one is {recipe.name!r:.40}")
+    for name, most in _MOST.items():
+        if not 1 <= getattr(recipe, name, 1) <= most:
+            raise ValueError(f"{name} must lie in 1…{most}, the recipe says {getattr(recipe, name)}")
+    return recipe
+
+
+def _check_type(name: str, value: object, wanted: Any) -> None:
+    """A stored recipe may come from anywhere: its fields have their types, or it is none."""
+    wanted = get_origin(wanted) or wanted
+    fits = isinstance(value, (int, float) if wanted is float else wanted)
+    if not fits or isinstance(value, bool) != (wanted is bool):  # to Python True is a number
+        raise ValueError(f"not a recipe of this version of diffbook: {name} is {value!r:.40}, no {wanted.__name__}")
 
 
 def find_recipe(name: str) -> Recipe:

@@ -62,13 +62,13 @@ def only_run(folder: Path) -> Iterator[None]:
 def check_same(new: Recipe, old: Recipe, folder: Path) -> None:
     """Compare a recipe with that of the run in the folder.
 
-    What a batch is divided into is left out: it changes no more than the rounding.
+    Into what a batch is divided, and how images lie in memory, is left out: it changes no more than the rounding.
 
     Raises:
         TrainingError: they differ; the message says in what.
     """
     a, b = new.to_json(), old.to_json()
-    names = [name for name in sorted({*a, *b} - {"about", "parts"}) if a.get(name) != b.get(name)]
+    names = [name for name in sorted({*a, *b} - {"about", "parts", "channels_last"}) if a.get(name) != b.get(name)]
     changed = [f"{name} was {b.get(name)!r} and is {a.get(name)!r}" for name in names]
     if changed:
         raise TrainingError(f"{folder} holds a run of another recipe ({'; '.join(changed)}); choose another folder")

@@ -65,7 +65,8 @@ class State:
     def __init__(self, recipe: Recipe, processes: Processes) -> None:
         self.recipe, self.processes, self.device = recipe, processes, processes.device
         self.rows = own_rows(recipe.batch, processes, recipe.parts)
-        self.network = recipe.build().to(self.device).to(memory_format=torch.channels_last)
+        layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
+        self.network = recipe.build().to(self.device).to(memory_format=layout)
         self.averaged = copy.deepcopy(self.network).eval().requires_grad_(False)
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True
@@ -286,9 +287,8 @@ def take_step(state: State, x_0: Tensor, y: Tensor, save: bool = False) -> Step:
     averaged: list[Tensor] = list(state.averaged.parameters())
     loss = _gradients(state, x_0, y)
     norm = nn.utils.clip_grad_norm_(network, recipe.clip)
-    told = torch.tensor([state.processes.stop_asked, save and state.processes.index == 0], device=state.device)
-    # the only time a GPU is waited for
-    values = state.processes.mean(torch.cat([torch.stack([loss, norm.float()]), told.float()])).tolist()
+    flags = [state.processes.stop_asked, save and state.processes.index == 0]
+    values = state.processes.mean(torch.stack([loss, norm.float()]), flags)  # the only time a GPU is waited for
     if not all(value - value == 0 for value in values):  # false for NaN and for infinity
         raise TrainingError(
             f"step {state.images // recipe.batch}, after {state.images} images: the loss is {values[0]:g} and the norm "

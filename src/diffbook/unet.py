@@ -95,7 +95,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         B, C, H, W = x.shape
-        qkv = self.qkv(self.norm(x)).permute(0, 2, 3, 1).reshape(B, H * W, 3, self.heads, C // self.heads)
+        qkv = self.qkv(self.norm(x)).permute(0, 2, 3, 1).contiguous()  # the channels of a position side by side
+        qkv = qkv.view(B, H * W, 3, self.heads, C // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, H·W, C / heads)
         h = F.scaled_dot_product_attention(q, k, v)
         return x + self.project(h.transpose(1, 2).reshape(B, H, W, C).permute(0, 3, 1, 2))

@@ -1,6 +1,7 @@
 """Tensors in files: safetensors with a JSON description in their metadata, written so that nothing is ever lost.
 
-A file is either there in full or not at all, and carries a checksum of its content. Nothing is unpickled.
+A file is either there in full or not at all, and carries a checksum of its content. Nothing is unpickled, and a file
+may come from anywhere: what its recipe asks for is compared with what it holds before memory is spent on either.
 """
 
 from __future__ import annotations
@@ -10,20 +11,26 @@ import hashlib
 import json
 import os
 import re
+import threading
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
 from diffbook.autoencoder import SpatialVAE
 from diffbook.latent import CaptionUNet, LatentDiffusion, emoji_vocabulary
 from diffbook.recipes import CaptionedDiffusion, Recipe, recipe_from_json
+
+_Any = TypeVar("_Any")
+_NO_FIT = "does not fit the network of its recipe in this version of diffbook"
+_MOST_BESIDE = 2**24  # numbers that a network keeps and does not store, such as the codes of words
 
 
 class WeightsError(ValueError):
@@ -74,17 +81,48 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         OSError: there is no such file.
         WeightsError: it is damaged, or was written by another program.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
-    except SafetensorError as error:
-        raise WeightsError(f"{path} is damaged or no safetensors file ({error}); delete it") from error
-    if "diffbook" not in metadata:
-        raise WeightsError(f"{path} was not written by diffbook; move it elsewhere")
+    with _opened(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
+        metadata = file.metadata() or {}
+    about = _description(metadata, path)
     if _digest(tensors) != metadata.get("sha256"):
         raise WeightsError(f"{path} is damaged (wrong checksum); delete it")
-    return tensors, json.loads(metadata["diffbook"])
+    return tensors, about
+
+
+def read_header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]:
+    """The tensors' shapes, and the description; as :func:`read_tensors`, but no tensor is read, and nothing checked.
+
+    Raises:
+        OSError: there is no such file.
+        WeightsError: its head is damaged, or it was written by another program.
+    """
+    with _opened(path) as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118, not a dict
+        return shapes, _description(file.metadata() or {}, path)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise WeightsError(f"{path} is damaged or no safetensors file ({error}); delete it") from error
+    except RuntimeError as error:  # PyTorch could not map it, or had no memory for a tensor
+        raise WeightsError(f"{path} holds more than this machine's memory, or cannot be mapped into it") from error
+
+
+def _description(metadata: dict[str, str], path: Path) -> dict[str, Any]:
+    if "diffbook" not in metadata:
+        raise WeightsError(f"{path} was not written by diffbook; move it elsewhere")
+    try:
+        about = json.loads(metadata["diffbook"])
+    except (ValueError, RecursionError) as error:
+        raise WeightsError(f"{path} is damaged (its description is no JSON); delete it") from error
+    if not isinstance(about, dict):
+        raise WeightsError(f"{path} is damaged (its description is no object of JSON); delete it")
+    return about
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -104,11 +142,10 @@ def load_model(name: str | Path, device: torch.device | str = "cpu") -> tuple[nn
         ValueError: there is nothing of that name; or the file is damaged or foreign (:class:`WeightsError`).
     """
     source = source_of(name)
-    tensors, about = read_tensors(source)
-    if any(key.startswith("ema.") for key in tensors):
-        tensors = {key.removeprefix("ema."): value for key, value in tensors.items() if key.startswith("ema.")}
-    recipe = _recipe_of(about, source)
-    check_fits(recipe, tensors, str(name))
+    shapes, about = read_header(source)
+    recipe = _recipe(about, source)
+    _check_fit(recipe, _averaged(shapes), source)
+    tensors = _averaged(read_tensors(source)[0])
     network = recipe.build()
     fill(network, tensors, str(name))
     return network.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False), recipe
@@ -175,82 +212,90 @@ def measured_pictures(name: str) -> Tensor:
             return pil_to_tensor(image.convert("RGB")).float() / 127.5 - 1
 
 
-def _recipe_of(about: dict[str, Any], source: Path) -> Recipe:
-    """The recipe in the description of a file.
-
-    Raises:
-        WeightsError: there is none, or none of this version.
-    """
-    try:
-        return recipe_from_json(about["recipe"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise WeightsError(f"{source} holds no recipe of this version of diffbook ({error})") from error
-
-
-def check_fits(recipe: Recipe, tensors: dict[str, Tensor], source: str) -> None:
-    """Compare what a recipe would build with the tensors of a file, before anything is built.
-
-    A file is somebody's claim: its recipe could ask for a network that does not fit into memory. On the device ``meta``
-    a network has shapes, but no numbers, and its size is compared before its shapes.
-
-    Raises:
-        WeightsError: the recipe describes no network, or another one than that of the tensors.
-    """
-    stored = sum(tensor.numel() for tensor in tensors.values())
-    try:
-        with torch.device("meta"), _NothingDrawn(), _no_more_numbers_than(2 * stored + 2**20):
-            own = recipe.build().state_dict()
-    except (TypeError, ValueError, RuntimeError, ArithmeticError, MemoryError, KeyError, IndexError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise WeightsError(f"the recipe in {source} describes no network that fits its tensors ({reason})") from error
-    if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in tensors.items()}:
-        raise WeightsError(f"{source} does not fit the network of its recipe in this version of diffbook")
-    for key, tensor in tensors.items():
-        if tensor.is_complex() or not (tensor.is_floating_point() or own[key].dtype == tensor.dtype):
-            raise WeightsError(f"{key} in {source} is of type {tensor.dtype}, which is no type of weights")
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise WeightsError(f"{key} in {source} holds numbers that are not finite; such weights are of no use")
-
-
-class _NothingDrawn(TorchFunctionMode):
-    """Leave out drawing and scaling random numbers: on the device ``meta`` that would first load a compiler."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is nn.init.normal_:
-            return kwargs["tensor"]
-        if func in (torch.Tensor.mul, torch.Tensor.__rmul__):
-            return args[0]
-        return torch.empty(*args) if func is torch.randn else func(*args, **(kwargs or {}))
-
-
-@contextlib.contextmanager
-def _no_more_numbers_than(most: int) -> Iterator[None]:
-    """Within it modules cannot register more parameters than that: a loop over a million layers would not end soon."""
-    registered = 0
-
-    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        nonlocal registered
-        registered += parameter.numel() if parameter is not None else 0
-        if registered > most:
-            raise ValueError("it would be larger than they are")
-
-    handle = nn.modules.module.register_module_parameter_registration_hook(count)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def fill(network: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
     """Copy tensors into a network's parameters, in the network's precision.
 
     Raises:
-        WeightsError: names or shapes do not fit.
+        WeightsError: names, shapes or kinds of numbers do not fit; or a value is infinite or no number.
     """
     own = network.state_dict()
     if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in tensors.items()}:
-        raise WeightsError(f"{source} does not fit the network of its recipe in this version of diffbook")
+        raise WeightsError(f"{source} {_NO_FIT}")
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() != own[name].is_floating_point() or tensor.is_complex():
+            raise WeightsError(f"{source} holds {name} as {tensor.dtype}, the network as {own[name].dtype}")
+        if not tensor.float().isfinite().all():
+            raise WeightsError(f"{source} holds values in {name} that are infinite or no numbers; train or get it anew")
     network.load_state_dict(tensors)
+
+
+def _averaged(found: dict[str, _Any]) -> dict[str, _Any]:
+    """What belongs to the averaged network, of a checkpoint; everything, of another file."""
+    averaged = {key.removeprefix("ema."): value for key, value in found.items() if key.startswith("ema.")}
+    return averaged or found
+
+
+def _recipe(about: dict[str, Any], source: Path) -> Recipe:
+    if "recipe" not in about:
+        raise WeightsError(f"{source} holds no model: its description has no recipe")
+    try:
+        return recipe_from_json(about["recipe"])
+    except ValueError as error:
+        raise WeightsError(f"{source}: {error}") from error
+
+
+def _check_fit(recipe: Recipe, shapes: dict[str, tuple[int, ...]], source: Path) -> None:
+    """Compare a file with the network of its recipe, built without memory for its numbers (on PyTorch's meta device).
+
+    Raises:
+        WeightsError: they do not fit; or there is no such network; or it would keep more beside its weights than any.
+    """
+    try:
+        with torch.device("meta"), _ShapesAlone(), _at_most(len(shapes)):
+            network = recipe.build()
+    except WeightsError as error:
+        raise WeightsError(f"{source} {error}") from None
+    except Exception as error:  # a stranger's numbers make a network fail in every way there is
+        reason = (str(error).splitlines() or [""])[0]
+        raise WeightsError(f"{source}: its recipe makes no network ({type(error).__name__}: {reason:.100})") from error
+    stored = network.state_dict()
+    beside = sum(buffer.numel() for name, buffer in network.named_buffers() if name not in stored)
+    if {k: tuple(v.shape) for k, v in stored.items()} != shapes or beside > _MOST_BESIDE:
+        raise WeightsError(f"{source} {_NO_FIT}")
+
+
+class _ShapesAlone(TorchFunctionMode):
+    """Leaves out first weights, drawn and scaled: on the meta device they are no numbers.
+
+    It could compute their shapes too, but PyTorch loads its compiler for that, which takes two seconds.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (nn.init.normal_, Tensor.mul, Tensor.__rmul__):
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return torch.empty(*args, device="meta") if func is torch.randn else func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _at_most(number: int) -> Iterator[None]:
+    """Let this thread build a network of so many parameters, and stop it at the next.
+
+    Without it a recipe of a billion layers would take a week and all memory, though its numbers take none.
+    """
+    seen, thread = 0, threading.get_ident()
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+        nonlocal seen
+        seen += threading.get_ident() == thread
+        if seen > number:
+            raise WeightsError(_NO_FIT)
+
+    handle = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def source_of(name: str | Path) -> Path:
