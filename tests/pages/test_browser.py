@@ -85,8 +85,8 @@ def chapters(book: Path) -> list[check_site.Page]:
 
 
 SCROLLING = """() => {
-    const boxes = [...document.querySelectorAll('.bd-article div.math, .bd-article mjx-container')];
-    const wide = box => box.matches('div.math, [display]') && box.scrollWidth > box.clientWidth + 1;
+    const boxes = [...document.querySelectorAll('.bd-article div.math, .bd-article mjx-container, .bd-article table')];
+    const wide = box => box.matches('div.math, [display], table') && box.scrollWidth > box.clientWidth + 1;
     return {
         wide: boxes.filter(wide).length,
         unreachable: boxes.filter(box => wide(box) && box.tabIndex < 0).length,
@@ -95,8 +95,8 @@ SCROLLING = """() => {
 }"""
 
 
-def test_keyboard_stops_at_wide_equations_only(window: tuple[Page, browser.Listener], home: str, book: Path) -> None:
-    """An equation that scrolls takes the focus, in an unfolded hint too; no other formula is a stop of the tab key."""
+def test_keyboard_stops_at_what_scrolls_only(window: tuple[Page, browser.Listener], home: str, book: Path) -> None:
+    """A wide equation or table takes the focus, in an unfolded hint too; no other one is a stop of the tab key."""
     page, _ = window
     wide = {"phone": 0, "desktop": 0}
     for chapter in chapters(book):
