@@ -47,10 +47,10 @@ def trained() -> str:
     for path in CARDS:
         card = model_card(path.stem)
         rows.append(
-            f"| `{path.stem}` | {card['parameters'] / 1e6:.1f} | {card['images'] / 1e6:.1f} | "
-            f"{card['cpu_seconds'] / 60:.0f} | {quality(card)} |"
+            f"| `{path.stem}` | {quality(card)} | {card['cpu_seconds'] / 60:.0f} | "
+            f"{card['images'] / 1e6:.1f} | {card['parameters'] / 1e6:.1f} |"
         )
-    head = "| model | parameters, M | images, M | core-minutes | measured |\n|---|---|---|---|---|\n"
+    head = "| model | measured | core-minutes | images, M | parameters, M |\n|---|---|---|---|---|\n"
     return head + "\n".join(rows)
 
 
