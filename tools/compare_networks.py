@@ -176,7 +176,7 @@ def minutes_to(distance: float, points: list[tuple[float, float]]) -> float | No
 def shares(results: dict[str, Any], name: str) -> list[float]:
     """Per seed: a network's time to the distance that the plain U-Net ends with, as a share of the plain U-Net's."""
     found = []
-    for seed in seeds_done(results):
+    for seed in seeds_done(results, name):
         minutes, distance = curve(results, "plain", seed)[-1]
         reached = minutes_to(distance, curve(results, name, seed))
         if reached is not None:
@@ -184,9 +184,9 @@ def shares(results: dict[str, Any], name: str) -> list[float]:
     return found
 
 
-def seeds_done(results: dict[str, Any]) -> list[int]:
-    """The seeds with which all networks have been measured."""
-    return [seed for seed in SEEDS if all(curve(results, name, seed) for name in NETWORKS)]
+def seeds_done(results: dict[str, Any], name: str) -> list[int]:
+    """The seeds with which a network and the plain U-Net have been measured."""
+    return [seed for seed in SEEDS if all(curve(results, which, seed) for which in ("plain", name))]
 
 
 def table(results: dict[str, Any]) -> str:
@@ -194,12 +194,12 @@ def table(results: dict[str, Any]) -> str:
     rows = []
     for name, (about, _) in NETWORKS.items():
         cost, found = results["costs"][name], shares(results, name)
-        share = f"{statistics.mean(found):.2f}" + (f" ({min(found):.2f} to {max(found):.2f})" if len(found) > 1 else "")
+        several = name != "plain" and len(found) > 1
+        share = f"{statistics.mean(found):.2f}" + (f" ({min(found):.2f} to {max(found):.2f})" if several else "")
         rate = cost["megaflops"] / cost["seconds"] / 1e3
-        rows.append(f"| {about} | {cost['megaflops']:,.0f} | {rate:.0f} | {share} |")
-    head = "| network | MFLOP an image | GFLOP/s | time, share of the plain U-Net's |\n|---|---|---|---|\n"
-    said = f"Seeds: {', '.join(map(str, seeds_done(results)))}."
-    return "<!-- networks -->\n\n" + head + "\n".join(rows) + f"\n\n{said}\n\n<!-- /networks -->"
+        rows.append(f"| {about} | {share} | {len(found)} | {cost['megaflops']:,.0f} | {rate:.0f} |")
+    head = "| network | time, share of the plain U-Net's | seeds | MFLOP an image | GFLOP/s |\n|---|---|---|---|---|\n"
+    return "<!-- networks -->\n\n" + head + "\n".join(rows) + "\n\n<!-- /networks -->"
 
 
 def draw(results: dict[str, Any]) -> None:
@@ -257,7 +257,7 @@ def main() -> None:
         write_results(results | {"rows": [*results["rows"], *rows]})
     if options.costs or not (options.page or read_results()["costs"]):
         write_results(read_results() | {"costs": costs()})
-    if seeds_done(read_results()):
+    if all(shares(read_results(), name) for name in NETWORKS):
         write_page()
 
 
