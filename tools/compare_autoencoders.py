@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from diffbook.autoencoder import SpatialVAE
 from diffbook.classifier import CaptionMatcher
 from diffbook.data import cache_folder, emoji64, to_uint8
 from diffbook.evaluation import draw_images, frechet_jackknife, image_features, psnr, shuffled
 from diffbook.gaussian import kl_diagonal
+from diffbook.planning import flops
 from diffbook.recipes import RECIPES, Compression, Diffusion, stream
 from diffbook.runs import read_log
 from diffbook.training import train
@@ -110,8 +110,7 @@ def measure(name: str) -> dict[str, Any]:
     spread = mean.std() / 10
     disturbed = torch.cat([vae.decode(z).clamp(-1, 1) for z in (mean + spread * noise).split(100)])
     kl = kl_diagonal(mean, variance, torch.zeros_like(mean), torch.ones_like(mean))
-    with FlopCounterMode(display=False) as counter:
-        vae.decode(vae.encode(x[:1])[0])
+    operations = flops(lambda: vae.decode(vae.encode(x[:1])[0]))
     dims = mean[0].numel()
     return {
         "variant": name,
@@ -121,7 +120,7 @@ def measure(name: str) -> dict[str, Any]:
         "compression": x[0].numel() / dims,
         "images": recipe.images,
         "seconds": read_log(folder_of(name) / "log.jsonl")[-1]["seconds"],
-        "megaflops": round(counter.get_total_flops() / 1e6, 1),
+        "megaflops": round(operations / 1e6, 1),
         "parameters": sum(p.numel() for p in vae.parameters()),
         "psnr": _short(psnr(rebuilt, x).mean()),
         "psnr_worst": _short(psnr(rebuilt, x).min()),

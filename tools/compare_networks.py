@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from diffbook.classifier import Classifier
 from diffbook.data import cache_folder, fashion_mnist
 from diffbook.evaluation import draw_images, frechet_jackknife, image_features
+from diffbook.planning import flops
 from diffbook.recipes import Diffusion, find_recipe, stream
 from diffbook.training import train
 from diffbook.weights import load_model, write_atomically, write_tensors
@@ -128,11 +128,9 @@ def costs() -> dict[str, dict[str, float]]:
             seconds[name].append(time.perf_counter() - start)
     rows = {}
     for name, (_, recipe) in NETWORKS.items():
-        with FlopCounterMode(display=False) as counter:
-            steps[name]()
         rows[name] = {
             "seconds": float(f"{statistics.median(seconds[name]) / recipe.batch:.4g}"),
-            "megaflops": round(counter.get_total_flops() / recipe.batch / 1e6, 1),
+            "megaflops": round(flops(steps[name]) / recipe.batch / 1e6, 1),
             "parameters": sum(p.numel() for p in recipe.build().parameters()),
         }
     return rows

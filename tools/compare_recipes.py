@@ -19,8 +19,8 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
+from diffbook import planning
 from diffbook.classifier import Classifier
 from diffbook.data import cache_folder, fashion_mnist
 from diffbook.evaluation import draw_images, frechet_jackknife, image_features
@@ -61,9 +61,7 @@ def flops(recipe: Diffusion) -> int:
     """Floating-point operations of the network for one image, forward."""
     network = recipe.build().eval()
     x, t = torch.zeros(1, recipe.options["channels"], recipe.size, recipe.size), torch.ones(1, dtype=torch.int64)
-    with FlopCounterMode(display=False) as counter:
-        network(x, t)
-    return counter.get_total_flops()
+    return planning.flops(lambda: network(x, t))
 
 
 def at_equal_compute(recipe: Diffusion) -> Diffusion:

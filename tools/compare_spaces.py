@@ -27,13 +27,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from diffbook.autoencoder import SpatialVAE
 from diffbook.classifier import CaptionMatcher
 from diffbook.data import cache_folder, emoji64, to_uint8
 from diffbook.evaluation import draw_images, frechet_jackknife, image_features, shuffled
-from diffbook.planning import saved_bytes
+from diffbook.planning import flops, saved_bytes
 from diffbook.recipes import Diffusion, Recipe, find_recipe, stream
 from diffbook.runs import read_log
 from diffbook.training import train, training_set
@@ -64,13 +63,6 @@ LATENT = replace(
     autoencoder="emoji-vae",
     size=8,
 )
-
-
-def flops(work: Callable[[], Any]) -> int:
-    """Floating-point operations of what is done, backward passes included."""
-    with FlopCounterMode(display=False) as counter:
-        work()
-    return int(counter.get_total_flops())
 
 
 def batch_of(recipe: Recipe) -> tuple[Tensor, Tensor]:

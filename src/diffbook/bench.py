@@ -33,8 +33,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
-from torch.utils.flop_counter import FlopCounterMode
 
+from diffbook.planning import flops
 from diffbook.processes import Processes
 from diffbook.recipes import Unconditional
 from diffbook.sampling import ddim_sample, ddpm_sample, dpmpp_2m_sample, timesteps
@@ -175,11 +175,12 @@ def work(network: nn.Module) -> tuple[int, float]:
     """Parameters of a network, and operations an image forward and backward, in millions."""
     network = copy.deepcopy(network).cpu()
     x, t = images(1, torch.device("cpu")), torch.ones(1, dtype=torch.int64)
-    # the fused kernels of attention are not counted, so attention is computed as two products
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+
+    def forward_and_backward() -> None:
         predicted = network(x, t)
         getattr(predicted, "sample", predicted).square().mean().backward()
-    return sum(p.numel() for p in network.parameters()), counter.get_total_flops() / 1e6
+
+    return sum(p.numel() for p in network.parameters()), flops(forward_and_backward) / 1e6
 
 
 def check_matched(costs: dict[str, tuple[int, float]]) -> None:
