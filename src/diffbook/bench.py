@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -196,10 +196,10 @@ def check_matched(costs: dict[str, tuple[int, float]]) -> None:
                 raise ValueError(f"not comparable: {name} has {b / a:.2f} times our {what}; its network has changed")
 
 
-def present(names: Iterable[str] = CONTESTANTS) -> tuple[list[str], list[str]]:
+def present() -> tuple[list[str], list[str]]:
     """Which contestants can be imported, with all that they need, and which cannot."""
-    here = [name for name in names if name not in MODULES or _imports(MODULES[name])]
-    return here, [name for name in names if name not in here]
+    here = [name for name in CONTESTANTS if name not in MODULES or _imports(MODULES[name])]
+    return here, [name for name in CONTESTANTS if name not in here]
 
 
 def _imports(module: str) -> bool:
