@@ -20,7 +20,6 @@ import json
 import math
 import re
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from typing import Any
 
 import torch
 
+from diffbook.bench import in_turn
 from diffbook.classifier import Classifier
 from diffbook.data import cache_folder, fashion_mnist
 from diffbook.evaluation import draw_images, frechet_jackknife, image_features
@@ -120,12 +120,7 @@ def one_step(recipe: Diffusion) -> Callable[[], None]:
 def costs() -> dict[str, dict[str, float]]:
     """What an image costs each network in training: seconds on one thread, and operations; and its parameters."""
     steps = {name: one_step(recipe) for name, (_, recipe) in NETWORKS.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(ROUNDS):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            seconds[name].append(time.perf_counter() - start)
+    seconds = in_turn(steps, ROUNDS, torch.device("cpu"))
     rows = {}
     for name, (_, recipe) in NETWORKS.items():
         rows[name] = {

@@ -109,8 +109,8 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 class Best:
     """The averaged weights whose loss on held-out images is the smallest so far.
 
-    It is no measure of how good pictures are (the last weights of a run usually draw better ones), but it shows when a
-    model begins to learn its training images by heart.
+    It is no measure of how good pictures are, but it shows when a model begins to learn its training images by heart.
+    The held-out images are those of the test, so what was chosen by them must not be judged by them.
 
     Args:
         folder: of the run.
