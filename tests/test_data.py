@@ -30,6 +30,13 @@ def test_subset_is_balanced_and_scaled(split, count):
     assert x.dtype == torch.float32 and x.min() == -1 and x.max() == 1
 
 
+def test_spread_takes_from_the_whole_set():
+    images = fashion_subset("train")
+    some = images.spread(45)
+    assert torch.equal(some.images, images.images[::100]) and torch.equal(some.labels, images.labels[::100])
+    assert len(images.spread(7)) == 7 and len(images.spread(10**6)) == len(images)
+
+
 def test_subset_is_part_of_the_whole_in_its_order():
     """Where the full data set is on this machine, the subset equals its first images of each class."""
     try:

@@ -18,7 +18,7 @@ import torch
 from diffbook import runs, training
 from diffbook.processes import Processes
 from diffbook.recipes import RECIPES, Compression
-from diffbook.runs import Best, Log, TrainingError, best_of, evenly, read_log
+from diffbook.runs import Best, Log, TrainingError, best_of, read_log
 from diffbook.training import train, training_set
 from diffbook.weights import WeightsError, checkpoints, load_model, read_tensors
 
@@ -239,16 +239,6 @@ def test_without_held_out_images_training_goes_on_and_says_so(tmp_path: Path) ->
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         list(train(SMOKE, tmp_path / "other"))
-
-
-def test_evenly_takes_from_the_whole_set() -> None:
-    data = training_set(SMOKE)
-    some = evenly(data, 45)
-    assert (
-        len(some) == 45
-        and some.labels.bincount().tolist() == data.part(torch.arange(45) * 100).labels.bincount().tolist()
-    )
-    assert len(evenly(data, 10**6)) == len(data)
 
 
 def test_a_log_forgets_what_will_be_logged_again(tmp_path: Path) -> None:

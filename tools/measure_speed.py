@@ -124,7 +124,7 @@ def main() -> None:
     torch.set_num_threads(1)  # two threads of one core would measure their quarrel
     missing = bench.present()[1]
     if missing and not options.page:
-        parser.error(f'{", ".join(missing)} missing: pip install "diffbook[bench]"')
+        parser.error(f'{", ".join(missing)} missing: pip install -e ".[bench]"')
     for name in [] if options.page else options.only:
         print(f"== {name}", flush=True)
         part = PARTS[name](torch.device(options.device), options.rounds)

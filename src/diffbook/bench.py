@@ -473,7 +473,7 @@ def _contestants(result: dict[str, Any]) -> list[str]:
         f"medians of {about['rounds']} rounds; peak: {result['peak_gigaflops']:g} GFLOP/s in a product of matrices"
     )
     missing = result["missing"]
-    return lines + [f'NOT MEASURED: {name} cannot be imported; pip install "diffbook[bench]"' for name in missing]
+    return lines + [f"NOT MEASURED: {name} cannot be imported: pip install {name}" for name in missing]
 
 
 def peak_memory(name: str, device: torch.device, batch: int, bfloat16: bool) -> int | None:

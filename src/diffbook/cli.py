@@ -248,7 +248,7 @@ def _tensorboard(folder: Path, images: int) -> SummaryWriter:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ValueError('--tensorboard needs tensorboard: pip install "diffbook[gpu]"') from error
+        raise ValueError("--tensorboard needs tensorboard: pip install tensorboard") from error
     return SummaryWriter(str(folder / "tensorboard"), purge_step=images)
 
 

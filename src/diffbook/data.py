@@ -138,6 +138,11 @@ class ImageSet:
         """The images with these numbers, as a set."""
         return replace(self, images=self.images[index], labels=self.labels[index])
 
+    def spread(self, number: int) -> Self:
+        """At most so many of the images, at equal distances: many sets are sorted."""
+        n = min(number, len(self))
+        return self.part(torch.arange(n, device=self.labels.device) * len(self) // n)
+
     def to(self, device: torch.device | str) -> Self:
         """The same set with its tensors on a device."""
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))

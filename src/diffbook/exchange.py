@@ -253,7 +253,7 @@ def to_diffusers(network: nn.Module, recipe: Recipe) -> nn.Module:
         model.get_submodule("inner").load_state_dict(network.state_dict())
         return model.eval()
     except ImportError as error:
-        raise ExchangeError(f"diffusers is missing ({error}): pip install 'diffbook[hub]'") from error
+        raise ExchangeError(f"diffusers is missing ({error}): pip install diffusers") from error
 
 
 def scheduler(recipe: Diffusion, kind: str = "DDIMScheduler", **options: Any) -> Any:

@@ -84,7 +84,7 @@ class Several(Processes):
         try:
             from accelerate import Accelerator
         except ImportError as error:
-            raise ValueError('several processes need accelerate: pip install "diffbook[gpu]"') from error
+            raise ValueError("several processes need accelerate: pip install accelerate") from error
         # mixed precision is the recipe's: the loss itself says what is computed in bfloat16
         self.accelerator = Accelerator(cpu=torch.device(device).type == "cpu", mixed_precision="no")
         super().__init__(self.accelerator.device)

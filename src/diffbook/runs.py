@@ -155,19 +155,11 @@ class Best:
         if loss < self.smallest:
             self.smallest = loss
             best = copy.deepcopy(averaged)
-            self.recipe.finish(best, evenly(training, 2000))
+            self.recipe.finish(best, training.spread(2000) if isinstance(training, ImageSet) else training)
             about = {"recipe": self.recipe.to_json(), "images": images, "held_out_loss": loss}
             write_tensors(self.path, dict(best.state_dict()), about)
         self.log.add(images=images, loss=round(loss, 6))
         return loss
-
-
-def evenly(data: ImageSet | LatentSet, number: int) -> ImageSet | LatentSet:
-    """At most so many of the images, at equal distances (many sets are sorted); latents are left as they are."""
-    if isinstance(data, LatentSet):
-        return data
-    n = min(number, len(data))
-    return data.part(torch.arange(n, device=data.labels.device) * len(data) // n)
 
 
 def best_of(folder: Path) -> tuple[int, float] | None:

@@ -231,7 +231,7 @@ def training_set(
     """
     images = image_set(recipe.data, split)
     if at_most is not None:
-        images = images.part(torch.arange(min(at_most, len(images))) * len(images) // min(at_most, len(images)))
+        images = images.spread(at_most)
     labels = images.labels
     if isinstance(recipe, (CaptionedDiffusion, Matching)):
         assert isinstance(images, CaptionedImages)

@@ -348,7 +348,7 @@ def from_hub(name: str) -> Path:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     except ImportError as error:
-        raise ValueError('models from the Hub need huggingface_hub: pip install "diffbook[hub]"') from error
+        raise ValueError("models from the Hub need huggingface_hub: pip install huggingface_hub") from error
     try:
         patterns = ["*.safetensors", "*.json"]
         folder = Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
