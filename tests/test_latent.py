@@ -4,11 +4,13 @@ import json
 import math
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+from diffbook import cli
 from diffbook.autoencoder import SpatialVAE, fit_scale
 from diffbook.cli import main
 from diffbook.data import IMAGE_SETS, emoji64, emoji_rows, fashion_subset
@@ -28,7 +30,7 @@ from diffbook.recipes import Compression, Diffusion, find_recipe, stream
 from diffbook.sampling import as_eps, dpmpp_2m_sample, guided, trailing_timesteps
 from diffbook.schedule import cosine_schedule
 from diffbook.training import train, training_set
-from diffbook.weights import latent_diffusion, load_model
+from diffbook.weights import latent_diffusion, load_autoencoder, load_model
 
 WORDS = Vocabulary(["noto", "red", "heart", "dark", "skin", "woman"], length=4)
 
@@ -387,6 +389,50 @@ class TestTraining:
         denoiser = as_eps(guided(network, y), schedule, "v")
         z_0 = dpmpp_2m_sample(denoiser, z_T, schedule, trailing_timesteps(1000, 3))  # not clipped
         assert torch.allclose(x, autoencoder.decode(z_0 / autoencoder.scale).clamp(-1, 1), atol=1e-4)
+
+    def test_a_model_is_exported_with_its_autoencoder(self, runs, tmp_path, monkeypatch, capsys) -> None:
+        """The folder can be moved, says nothing of the place where the model was trained, and is loaded by its name."""
+        folder, ldm, _ = runs
+        for _ in train(ldm, folder / "whole"):
+            pass
+        monkeypatch.chdir(tmp_path)
+        for _ in range(2):  # into a folder that has them, too
+            assert main(["export", str(folder / "whole"), "--to", "made"]) == 0
+        assert json.loads(Path("made/emoji-ldm.json").read_text())["recipe"]["autoencoder"] == "emoji-vae"
+        assert not any(str(folder).encode() in path.read_bytes() for path in Path("made").iterdir())
+        Path("made").rename("moved")
+        network, recipe = load_model("moved")
+        assert (recipe.name, recipe.autoencoder) == ("emoji-ldm", "moved/emoji-vae.safetensors")
+        model, (own, _) = latent_diffusion(network, recipe), load_model(folder / "vae")
+        for stored, parameter in zip(model.autoencoder.parameters(), own.parameters(), strict=True):
+            assert torch.equal(stored, parameter.half().float())
+        # what another model needs is not overwritten
+        assert main(["export", "emoji-vae", "--to", "moved"]) == 0
+        assert main(["export", str(folder / "whole"), "--to", "moved"]) == 1
+        assert "emoji-vae.safetensors is not the autoencoder of emoji-ldm; choose another" in capsys.readouterr().err
+        # two models that do not belong together
+        assert main(["export", "fashion-classifier", "--to", "moved"]) == 0
+        with pytest.raises(ValueError, match="no checkpoint in moved, nor one model"):
+            load_model("moved")
+
+    def test_a_shipped_autoencoder_stays_a_name(self, tmp_path) -> None:
+        assert load_model("emoji-ldm")[1].autoencoder == "emoji-vae"
+        assert main(["export", "emoji-ldm", "--to", str(tmp_path)]) == 0
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["emoji-ldm.json", "emoji-ldm.safetensors"]
+        assert load_model(tmp_path)[1].autoencoder == "emoji-vae"
+
+    def test_an_autoencoder_of_ones_own_is_named_in_full(self, tmp_path, monkeypatch) -> None:
+        """So that the run can be repeated, and used, from another folder."""
+        monkeypatch.chdir(tmp_path)
+        Path("vae").mkdir()
+        for given, named in (("vae", str(tmp_path / "vae")), ("emoji-vae", "emoji-vae"), ("hf:a/b", "hf:a/b")):
+            options = cli._parser().parse_args(["train", "emoji-ldm", "--autoencoder", given])
+            recipe = cli._recipe_to_train(options)
+            assert isinstance(recipe, Diffusion) and recipe.autoencoder == named
+
+    def test_a_missing_autoencoder_is_called_so(self) -> None:
+        with pytest.raises(ValueError, match="the autoencoder of emoji-ldm: runs/vae is no file or folder"):
+            load_autoencoder(replace(find_recipe("emoji-ldm"), autoencoder="runs/vae"))
 
     def test_captions_are_dropped_as_a_whole(self) -> None:
         ldm = replace(find_recipe("emoji-ldm"), label_drop=0.25)

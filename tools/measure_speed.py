@@ -65,9 +65,10 @@ def peers(part: dict[str, Any]) -> str:
     for name in bench.CONTESTANTS:
         row, own = part["contestants"][name], name == "diffbook"
         ratios = ["", ""] if own else [times(row["training_ratio"]), times(row["call_ratio"])]
-        rows.append(f"| {name} | {row['training']:.0f} | {ratios[0]} | {ratios[1]} | {row['peak_mebibytes'] or '?'} |")
-    head = "| library | images/s | ours, training | ours, calls | MiB |\n|---|---|---|---|---|\n"
-    return head + "\n".join(rows)
+        rows.append([name, f"{row['training']:.0f}", *ratios, str(row["peak_mebibytes"] or "?")])
+    head = ["library", "images/s", "ours, training", "ours, calls", "MiB"]
+    columns = 4 if part["about"]["compiled"] else 5  # memory is not measured there
+    return "\n".join(f"| {' | '.join(row[:columns])} |" for row in [head, ["---"] * 5, *rows])
 
 
 def overheads(rows: dict[str, Any]) -> str:

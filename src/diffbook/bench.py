@@ -256,7 +256,7 @@ def compare(
 
     Returns:
         for each contestant its ``images_per_second`` in training and in calls of the network, ``gigaflops``,
-        ``share_of_peak``, ``peak_mebibytes``, and the ``ratio`` of ours to it; what is ``missing``.
+        ``share_of_peak``, ``peak_mebibytes`` (not if compiled), and the ``ratio`` of ours to it; what is ``missing``.
 
     Raises:
         ValueError: the networks are not comparable, see :func:`check_matched`.
@@ -290,7 +290,8 @@ def compare(
             "share_of_peak": _short(gigaflops / peak),
             "call": _short(batch / statistics.median(calls[name])),
             "call_ratio": ratio(calls[name], calls["diffbook"]),
-            "peak_mebibytes": peak_memory(name, device, batch, bfloat16),
+            # compiling takes more memory than any step does
+            "peak_mebibytes": None if compiled else peak_memory(name, device, batch, bfloat16),
         }
     about = {"device": device.type, "threads": torch.get_num_threads(), "batch": batch, "rounds": rounds}
     about |= {"precision": "bfloat16" if bfloat16 else "float32", "compiled": compiled, "torch": torch.__version__}

@@ -66,7 +66,9 @@ from diffbook.runs import best_of, read_log
 from diffbook.training import Step, train
 from diffbook.weights import (
     checkpoints,
+    is_shipped,
     latent_diffusion,
+    load_autoencoder,
     load_model,
     read_tensors,
     source_of,
@@ -184,7 +186,8 @@ def _recipe_to_train(options: argparse.Namespace) -> Recipe:
     if options.autoencoder is not None:
         if not isinstance(recipe, Diffusion) or not recipe.autoencoder:
             raise ValueError(f"--autoencoder: {recipe.name} works on pixels")
-        recipe = replace(recipe, autoencoder=options.autoencoder)
+        path = Path(options.autoencoder)  # in full, so that the run can be used from anywhere
+        recipe = replace(recipe, autoencoder=str(path.absolute()) if path.exists() else options.autoencoder)
     return recipe
 
 
@@ -369,6 +372,8 @@ def _evaluate_captions(model: LatentDiffusion, options: argparse.Namespace) -> d
     Metrics: Fréchet distance to all training images, with captions of the training set; how near its pictures are to
     training images; or composition, for the captions of the test.
     """
+    if options.metric == "bits":
+        raise ValueError("--metric bits: not for a model of captions; there are frechet, neighbours and composition")
     matcher, _ = load_model("emoji-matcher")
     assert isinstance(matcher, CaptionMatcher)
     train, test, n = emoji64("train"), emoji64("test"), options.number
@@ -386,8 +391,6 @@ def _evaluate_captions(model: LatentDiffusion, options: argparse.Namespace) -> d
         return about | {"distractors": 99, "results": compare(features, everything, train.rows + test.rows)}
     if options.metric == "neighbours":
         return about | _neighbours_of(x, train, test)
-    if options.metric != "frechet":
-        raise ValueError(f"--metric {options.metric}: not for a model of captions")
     distance = frechet_jackknife(shuffled(features), shuffled(reference))  # emoji lie sorted by kind
     real = image_features(matcher, split.x(index))
     precision, recall = precision_recall(real, features)
@@ -526,9 +529,11 @@ def export(options: argparse.Namespace) -> dict[str, object]:
     if options.diffusers:
         return exchange.export_to_diffusers(network, recipe, options.to)
     _, about = read_tensors(source)
-    if size := folder_size(recipe.data):  # where somebody's images lie is nobody's business
-        recipe = replace(recipe, data=f"folder:{size}:{Path(recipe.data.split(':', 2)[2]).name}")
-        about["recipe"] = recipe.to_json()
+    options.to.mkdir(parents=True, exist_ok=True)
+    if isinstance(recipe, Diffusion) and recipe.autoencoder:
+        recipe = replace(recipe, autoencoder=_export_autoencoder(recipe, options.to))
+    recipe = _without_place(recipe)
+    about["recipe"] = recipe.to_json()
     log = source.parent / "log.jsonl"
     curve = [[line["images"], line["loss"]] for line in read_log(log)] if log.exists() else []
     thin = max(len(curve) // 100, 1)
@@ -538,11 +543,42 @@ def export(options: argparse.Namespace) -> dict[str, object]:
     card |= {"curve": {"columns": ["images", "loss"], "rows": curve[::-thin][::-1]}}
     if options.quality:
         card["quality"] = [json.loads(path.read_text(encoding="utf-8")) for path in options.quality]
-    options.to.mkdir(parents=True, exist_ok=True)
-    path = options.to / f"{recipe.name}.safetensors"
-    write_tensors(path, {k: v.half() for k, v in network.state_dict().items()}, {"recipe": recipe.to_json()})
+    path = _write_half(network, recipe, options.to)
     write_atomically(path.with_suffix(".json"), (json.dumps(card, indent=1, sort_keys=True) + "\n").encode())
     return {"name": recipe.name, "file": str(path), "bytes": path.stat().st_size}
+
+
+def _export_autoencoder(recipe: Diffusion, folder: Path) -> str:
+    """Its name; unless everybody has a model of that name, its weights are written into the folder beside the model's.
+
+    Raises:
+        ValueError: it is missing, or the folder holds another model of that name.
+    """
+    if recipe.autoencoder.startswith("hf:") or is_shipped(source_of(recipe.autoencoder)):
+        return recipe.autoencoder
+    autoencoder = load_autoencoder(recipe)
+    inner = _without_place(load_model(recipe.autoencoder)[1])
+    there = folder / f"{inner.name}.safetensors"
+    if there.exists():
+        stored, new = read_tensors(there)[0], autoencoder.state_dict()
+        if stored.keys() != new.keys() or not all(torch.equal(stored[k], new[k].half()) for k in new):
+            raise ValueError(f"{there} is not the autoencoder of {recipe.name}; choose another folder, or delete it")
+        return inner.name
+    _write_half(autoencoder, inner, folder)
+    return inner.name
+
+
+def _without_place(recipe: Recipe) -> Recipe:
+    """The recipe without the folder of its images: where somebody's images lie is nobody's business."""
+    size = folder_size(recipe.data)
+    return replace(recipe, data=f"folder:{size}:{Path(recipe.data.split(':', 2)[2]).name}") if size else recipe
+
+
+def _write_half(network: torch.nn.Module, recipe: Recipe, folder: Path) -> Path:
+    """Write weights in half precision, and return where."""
+    path = folder / f"{recipe.name}.safetensors"
+    write_tensors(path, {k: v.half() for k, v in network.state_dict().items()}, {"recipe": recipe.to_json()})
+    return path
 
 
 def bench(options: argparse.Namespace) -> dict[str, object]:
@@ -613,10 +649,7 @@ def _in_turn(recipe: Diffusion, number: int) -> Tensor:
 def _autoencoder(recipe: Diffusion, device: torch.device) -> SpatialVAE | None:
     if not recipe.autoencoder:
         return None
-    autoencoder, _ = load_model(recipe.autoencoder, device)
-    if not isinstance(autoencoder, SpatialVAE):
-        raise ValueError(f"{recipe.autoencoder} is no autoencoder with latents for {recipe.name}")
-    return autoencoder
+    return load_autoencoder(recipe, device)
 
 
 def _diffusion(options: argparse.Namespace) -> tuple[torch.nn.Module, Diffusion]:

@@ -71,7 +71,10 @@ def check_same(new: Recipe, old: Recipe, folder: Path) -> None:
     names = [name for name in sorted({*a, *b} - {"about", "parts", "channels_last"}) if a.get(name) != b.get(name)]
     changed = [f"{name} was {b.get(name)!r} and is {a.get(name)!r}" for name in names]
     if changed:
-        raise TrainingError(f"{folder} holds a run of another recipe ({'; '.join(changed)}); choose another folder")
+        raise TrainingError(
+            f"{folder} holds a run of another recipe ({'; '.join(changed)}); "
+            "repeat the command as it was, or choose another folder"
+        )
 
 
 class Log:

@@ -13,6 +13,7 @@ import os
 import re
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from diffbook.autoencoder import SpatialVAE
 from diffbook.latent import CaptionUNet, LatentDiffusion, emoji_vocabulary
-from diffbook.recipes import CaptionedDiffusion, Recipe, recipe_from_json
+from diffbook.recipes import CaptionedDiffusion, Diffusion, Recipe, recipe_from_json
 
 _Any = TypeVar("_Any")
 _NO_FIT = "does not fit the network of its recipe in this version of diffbook"
@@ -143,7 +144,7 @@ def load_model(name: str | Path, device: torch.device | str = "cpu") -> tuple[nn
     """
     source = source_of(name)
     shapes, about = read_header(source)
-    recipe = _recipe(about, source)
+    recipe = _with_autoencoder_beside(_recipe(about, source), source)
     _check_fit(recipe, _averaged(shapes), source)
     tensors = _averaged(read_tensors(source)[0])
     network = recipe.build()
@@ -159,10 +160,23 @@ def latent_diffusion(network: nn.Module, recipe: Recipe) -> LatentDiffusion:
     """
     if not isinstance(recipe, CaptionedDiffusion) or not isinstance(network, CaptionUNet):
         raise ValueError(f"the recipe {recipe.name!r} makes no latent diffusion model")
-    autoencoder, _ = load_model(recipe.autoencoder, network.stem.weight.device)
+    autoencoder = load_autoencoder(recipe, network.stem.weight.device)
+    return LatentDiffusion(autoencoder, network, recipe.noise_schedule(), emoji_vocabulary(), recipe.predicts)
+
+
+def load_autoencoder(recipe: Diffusion, device: torch.device | str = "cpu") -> SpatialVAE:
+    """The autoencoder whose latents a recipe's model draws.
+
+    Raises:
+        ValueError: it is missing, damaged, or no autoencoder.
+    """
+    try:
+        autoencoder, _ = load_model(recipe.autoencoder, device)
+    except ValueError as error:
+        raise ValueError(f"the autoencoder of {recipe.name}: {error}") from error
     if not isinstance(autoencoder, SpatialVAE):
         raise ValueError(f"{recipe.autoencoder} is no autoencoder with latents for {recipe.name}")
-    return LatentDiffusion(autoencoder, network, recipe.noise_schedule(), emoji_vocabulary(), recipe.predicts)
+    return autoencoder
 
 
 def model_card(name: str) -> dict[str, Any]:
@@ -321,10 +335,42 @@ def source_of(name: str | Path) -> Path:
     return shipped[str(name)]
 
 
+def is_shipped(source: Path) -> bool:
+    """Whether a file of weights is one that comes with the package."""
+    with _shipped() as folder:
+        return source.parent == folder
+
+
 def exported(folder: Path) -> list[Path]:
-    """The model that ``diffbook export`` wrote into a folder, if there is exactly one; else nothing."""
+    """The model that ``diffbook export`` wrote into a folder, if there is exactly one; else nothing.
+
+    A model that another one there names as its autoencoder does not count.
+    """
     found = [path for path in sorted(folder.glob("*.safetensors")) if path.name != "best.safetensors"]
+    if len(found) > 1:
+        inner = {_autoencoder_named(path) for path in found}
+        found = [path for path in found if path.stem not in inner]
     return found if len(found) == 1 else []
+
+
+def _autoencoder_named(path: Path) -> str:
+    try:
+        recipe = _recipe(read_header(path)[1], path)
+    except WeightsError:
+        return ""  # whoever loads it will be told
+    return recipe.autoencoder if isinstance(recipe, Diffusion) else ""
+
+
+def _with_autoencoder_beside(recipe: Recipe, source: Path) -> Recipe:
+    """The recipe, its autoencoder the file of that name beside the model's, if there is one; ``export`` wrote it.
+
+    What comes with the package stays a name.
+    """
+    if isinstance(recipe, Diffusion) and re.fullmatch(r"[\w.-]+", recipe.autoencoder) and not is_shipped(source):
+        beside = source.with_name(f"{recipe.autoencoder}.safetensors")
+        if beside.is_file():
+            return replace(recipe, autoencoder=str(beside))
+    return recipe
 
 
 def from_hub(name: str) -> Path:
