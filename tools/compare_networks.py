@@ -39,7 +39,7 @@ from diffbook.weights import load_model, write_atomically, write_tensors
 BOOK = Path(__file__).resolve().parents[1] / "book"
 RESULTS, PAGE, FIGURE = BOOK / "networks.json", BOOK / "what-we-tried.md", BOOK / "_static" / "networks.svg"
 MARKED = re.compile(r"<!-- networks -->.*?<!-- /networks -->", re.DOTALL)
-SEEDS, SAMPLES, CALLS, ROUNDS = (0, 1, 2), 2000, 10, 15
+SEEDS, SAMPLES, CALLS, ROUNDS = (0, 1, 2), 2000, 10, 45
 FIRST = 11_200  # images at the first point; each further point has twice as many
 
 
