@@ -430,7 +430,15 @@ class TestTraining:
             recipe = cli._recipe_to_train(options)
             assert isinstance(recipe, Diffusion) and recipe.autoencoder == named
 
-    def test_a_missing_autoencoder_is_called_so(self) -> None:
+    def test_a_missing_autoencoder_is_called_so(self, runs, tmp_path, capsys) -> None:
+        folder, ldm, _ = runs
+        for _ in train(ldm, folder / "whole"):
+            pass
+        (folder / "vae").rename(folder / "elsewhere")
+        assert main(["export", str(folder / "whole"), "--to", str(tmp_path)]) == 1
+        (folder / "elsewhere").rename(folder / "vae")
+        assert f"the autoencoder of emoji-ldm: {folder / 'vae'} is no file or folder" in capsys.readouterr().err
+        assert not any(tmp_path.iterdir())
         with pytest.raises(ValueError, match="the autoencoder of emoji-ldm: runs/vae is no file or folder"):
             load_autoencoder(replace(find_recipe("emoji-ldm"), autoencoder="runs/vae"))
 

@@ -290,7 +290,7 @@ def compare(
             "share_of_peak": _short(gigaflops / peak),
             "call": _short(batch / statistics.median(calls[name])),
             "call_ratio": ratio(calls[name], calls["diffbook"]),
-            # compiling takes more memory than any step does
+            # measured in a process of its own, which does not compile
             "peak_mebibytes": None if compiled else peak_memory(name, device, batch, bfloat16),
         }
     about = {"device": device.type, "threads": torch.get_num_threads(), "batch": batch, "rounds": rounds}

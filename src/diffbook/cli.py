@@ -554,10 +554,16 @@ def _export_autoencoder(recipe: Diffusion, folder: Path) -> str:
     Raises:
         ValueError: it is missing, or the folder holds another model of that name.
     """
-    if recipe.autoencoder.startswith("hf:") or is_shipped(source_of(recipe.autoencoder)):
+    if recipe.autoencoder.startswith("hf:"):
         return recipe.autoencoder
-    autoencoder = load_autoencoder(recipe)
-    inner = _without_place(load_model(recipe.autoencoder)[1])
+    try:
+        source = source_of(recipe.autoencoder)
+    except ValueError as error:
+        raise ValueError(f"the autoencoder of {recipe.name}: {error}") from error
+    if is_shipped(source):
+        return recipe.autoencoder
+    autoencoder, inner = load_model(source)
+    inner = _without_place(inner)
     there = folder / f"{inner.name}.safetensors"
     if there.exists():
         stored, new = read_tensors(there)[0], autoencoder.state_dict()
